@@ -1,0 +1,99 @@
+"""Memory whose pages come from somewhere else, at the first touch, on Linux's userfaultfd.
+
+`open_array` opens a file far larger than memory as an ordinary NumPy array; `Region` is the memory beneath it.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from userfault import errors, kernel, stores
+    from userfault.arrays import PagedArray, open_array
+    from userfault.blocks import BlockState
+    from userfault.errors import (
+        Error,
+        KernelError,
+        LocalProtocolError,
+        PagerLostError,
+        ProtocolError,
+        RegionClosedError,
+        RemoteProtocolError,
+        StoreError,
+        UnsupportedError,
+    )
+    from userfault.kernel import Capabilities, capabilities
+    from userfault.pager import Pager, default_pager
+    from userfault.region import Region
+    from userfault.stats import Latency, RegionStats
+    from userfault.stores import FileStore, MemoryStore, Store
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "arrays": ("PagedArray", "open_array"),
+    "blocks": ("BlockState",),
+    "errors": (
+        "Error",
+        "KernelError",
+        "LocalProtocolError",
+        "PagerLostError",
+        "ProtocolError",
+        "RegionClosedError",
+        "RemoteProtocolError",
+        "StoreError",
+        "UnsupportedError",
+    ),
+    "kernel": ("Capabilities", "capabilities"),
+    "pager": ("Pager", "default_pager"),
+    "region": ("Region",),
+    "stats": ("Latency", "RegionStats"),
+    "stores": ("FileStore", "MemoryStore", "Store"),
+}
+_ROOMS = {name: room for room, names in _HOME.items() for name in names}
+
+__all__ = [
+    "BlockState",
+    "Capabilities",
+    "Error",
+    "FileStore",
+    "KernelError",
+    "Latency",
+    "LocalProtocolError",
+    "MemoryStore",
+    "PagedArray",
+    "Pager",
+    "PagerLostError",
+    "ProtocolError",
+    "Region",
+    "RegionClosedError",
+    "RegionStats",
+    "RemoteProtocolError",
+    "Store",
+    "StoreError",
+    "UnsupportedError",
+    "__version__",
+    "capabilities",
+    "default_pager",
+    "errors",
+    "kernel",
+    "open_array",
+    "stores",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name where it is first used: the pager's processes need few of them, NumPy least of all."""
+    if name in _ROOMS:
+        value = getattr(importlib.import_module(f"userfault.{_ROOMS[name]}"), name)
+    elif name in {"errors", "kernel", "stores"}:
+        value = importlib.import_module(f"userfault.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,115 @@
+"""What an array looks like: the header of a `.npy` file, read without reading the file.
+
+NumPy's own reader does the parsing (`numpy.lib.format`, NEP 1); this module decides what to refuse, and says why.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.lib import format as npy
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from userfault.stores import Store
+
+MAGIC = npy.MAGIC_PREFIX
+MOST = 1 << 20
+"""A header is some hundred bytes; NumPy itself refuses to evaluate more than 10 000."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Shape, type, order ("C" or "F"), and where the data begin, in bytes of the store."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    order: str
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(store: Store) -> Header | None:
+    """Read the header of a `.npy` store; None if it does not begin like one.
+
+    Raises:
+        ValueError: if it begins like one and is damaged or truncated, or holds Python objects.
+    """
+    start = bytearray(min(store.size, 4096))
+    store.read_into(0, memoryview(start))
+    if not start.startswith(MAGIC):
+        return None
+    if len(start) >= 12 and (length := _header_length(bytes(start[:12]))) > len(start):
+        start = bytearray(min(store.size, length, MOST))
+        store.read_into(0, memoryview(start))
+    header = _parse(bytes(start), store.describe())
+    missing = header.offset + header.nbytes - store.size
+    if missing > 0:
+        raise ValueError(
+            f"{store.describe()} is truncated: its header promises {header.nbytes} bytes of {header.dtype} "
+            f"{header.shape}, and {missing} of them are missing"
+        )
+    return header
+
+
+def _header_length(start: bytes) -> int:
+    """Bytes up to the end of the header: magic, version, a length of 2 bytes (version 1) or 4, and that many."""
+    if start[6] == 1:
+        return 10 + int.from_bytes(start[8:10], "little")
+    return 12 + int.from_bytes(start[8:12], "little")
+
+
+def _parse(start: bytes, name: str) -> Header:
+    file = io.BytesIO(start)
+    try:
+        version = npy.read_magic(file)
+        reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        if version == (3, 0):
+            shape, fortran, dtype = _read_version_3(file)
+        else:
+            shape, fortran, dtype = reader(file)
+    except ValueError as error:
+        raise ValueError(f"{name} has a damaged .npy header: {error}") from error
+    return Header(shape, check_dtype(dtype, name), "F" if fortran else "C", file.tell())
+
+
+def _read_version_3(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read a header in UTF-8 (field names outside Latin-1): NumPy has no public function for version 3."""
+    length = int.from_bytes(file.read(4), "little")
+    text = file.read(length)
+    if len(text) < length:
+        raise ValueError(f"it ends after {len(text)} of {length} bytes")
+    import ast
+
+    try:
+        fields = ast.literal_eval(text.decode())
+        return tuple(fields["shape"]), bool(fields["fortran_order"]), npy.descr_to_dtype(fields["descr"])
+    except (SyntaxError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def check_dtype(dtype: object, name: str) -> np.dtype[Any]:
+    """Return a type whose items are bytes in a file.
+
+    Raises:
+        TypeError: if NumPy does not know it.
+        ValueError: if it holds Python objects, or its items have no size.
+    """
+    try:
+        result: np.dtype[Any] = np.dtype(dtype)  # type: ignore[call-overload]  # the TypeError is the check
+    except TypeError:
+        raise TypeError(f"dtype {dtype!r} is not a type that NumPy knows") from None
+    if result.hasobject:
+        raise ValueError(f"{name}: dtype {result} holds Python objects, which are pointers, not data; save it as plain values")
+    if not result.itemsize:
+        raise ValueError(f"{name}: dtype {result} has items of no size; say how long they are")
+    return result

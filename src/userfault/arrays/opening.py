@@ -1,0 +1,112 @@
+"""open_array: from a path or a store to an array."""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+
+from userfault.arrays.header import Header, check_dtype, read_header
+from userfault.arrays.paged import PagedArray, array_of
+from userfault.blocks.geometry import DEFAULT_BLOCK_SIZE
+from userfault.region import Region
+from userfault.stores import Store, open_store
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import DTypeLike
+
+
+def open_array(
+    source: str | os.PathLike[str] | Store,
+    mode: str = "r",
+    dtype: DTypeLike = None,
+    shape: int | Sequence[int] | None = None,
+    offset: int = 0,
+    order: str = "C",
+    block_size: int | str = DEFAULT_BLOCK_SIZE,
+    budget: int | str | float | None = None,
+    store_options: Mapping[str, object] | None = None,
+) -> PagedArray:
+    """Open a file or a store as an array that is brought in block by block, at the first touch.
+
+    Args:
+        source: A path or a store. A `.npy` file is recognised by its first bytes; anything else is raw items.
+        mode: `"r"`: read only. `"c"`: copy on write: changes stay in memory.
+        dtype: Type of raw items, `uint8` by default; for a `.npy` file, what it has to be.
+        shape: Shape of raw items, by default one dimension to the end; for a `.npy` file, what it has to be.
+        offset: Bytes before the first raw item.
+        order: `"C"` or `"F"`, for raw items.
+        block_size: As `Region`.
+        budget: As `Region`.
+        store_options: Options of the store that a path is opened with; files have none.
+
+    Returns:
+        The array. Its `region` gives statistics, residency and eviction.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, PermissionError: as `open`.
+        TypeError, ValueError: naming the argument, or what is wrong with the file.
+        StoreError, UnsupportedError, PagerLostError: as `Region`.
+
+    Example:
+        >>> import numpy as np, userfault
+        >>> np.save("x.npy", np.arange(1000.0))
+        >>> a = userfault.open_array("x.npy")
+        >>> float(a[10:20].sum())
+        145.0
+    """
+    store = open_store(source)
+    if store_options:
+        raise ValueError(f"store_options {sorted(store_options)} were given, but {store.describe()} takes none")
+    header = _npy(store, dtype, shape, offset, order) or _raw(store, dtype, shape, offset, order)
+    if not header.nbytes:
+        raise ValueError(f"{store.describe()}: an array of shape {header.shape} has no bytes; a region needs at least one")
+    store.close()  # what reading the header opened here; the pager has a store of its own
+    region = Region(store, mode, block_size, budget)
+    region.owned_by_views()
+    return array_of(region, header)
+
+
+def _npy(store: Store, dtype: DTypeLike, shape: int | Sequence[int] | None, offset: int, order: str) -> Header | None:
+    """Read a `.npy` header and compare it with what the caller expects; None if raw items were asked for."""
+    if offset or order != "C":
+        return None
+    header = read_header(store)
+    if header is None:
+        return None
+    if dtype is not None and check_dtype(dtype, store.describe()) != header.dtype:
+        raise ValueError(f"{store.describe()} holds {header.dtype}, not dtype={np.dtype(dtype)}; leave dtype out to take it as it is")
+    if shape is not None and _shape(shape) != header.shape:
+        raise ValueError(f"{store.describe()} has shape {header.shape}, not shape={_shape(shape)}; leave shape out to take it as it is")
+    return header
+
+
+def _raw(store: Store, dtype: DTypeLike, shape: int | Sequence[int] | None, offset: int, order: str) -> Header:
+    """Describe raw items."""
+    kind = check_dtype(np.uint8 if dtype is None else dtype, store.describe())
+    start = operator.index(offset)
+    if not 0 <= start < store.size:
+        raise ValueError(f"offset {offset} is not inside the {store.size} bytes of {store.describe()}")
+    if order not in {"C", "F"}:
+        raise ValueError(f"order must be 'C' or 'F', got {order!r}")
+    room = store.size - start
+    if shape is None:
+        if room % kind.itemsize:
+            raise ValueError(f"{room} bytes are no whole number of {kind} items of {kind.itemsize} bytes; give shape=")
+        return Header((room // kind.itemsize,), kind, order, start)
+    header = Header(_shape(shape), kind, order, start)
+    if header.nbytes > room:
+        raise ValueError(f"shape {header.shape} of {kind} takes {header.nbytes} bytes, and {store.describe()} has {room} from offset {start}")
+    return header
+
+
+def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:
+    numbers = (shape,) if hasattr(shape, "__index__") else tuple(shape)  # type: ignore[arg-type]
+    result = tuple(operator.index(n) for n in numbers)  # type: ignore[arg-type]
+    if any(n < 0 for n in result):
+        raise ValueError(f"shape {result} has a negative number")
+    return result

@@ -1,0 +1,115 @@
+"""The ledger: everything about a region that must outlive a worker, kept in the region's own memfd.
+
+A region is one memfd, and the memfd describes itself.  Behind the data lie, each on its own pages::
+
+    data | states: a byte per block | pins: a byte per block | recipe of the store | words: one page
+
+so that whoever holds that one descriptor can take the region over: it finds the words on the last page, from them
+the rest, and from the recipe the store.  One descriptor per region is also what lets a thousand regions live under
+the usual limit of 1024.  Only the data part is ever registered with userfaultfd, and only the application maps it;
+the rest is mapped shared by the application and the worker.  It is sparse: a region of 1 TiB costs what is touched.
+
+Who writes what: the *states* and the counters belong to the worker, the *pins* to the application, the header is
+written once.  A pin is written before the request that needs it is sent, and the worker looks at the pins again after
+it has written EVICTING; so a pinned block is never dropped, and pins survive any number of workers.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+
+from userfault.blocks.geometry import PAGE_SIZE, Geometry, round_up
+from userfault.kernel import memory
+
+MAGIC = 0x31544C5541464655  # "UFFAULT1" would need a ninth byte; any constant does
+READ_ONLY, COPY_ON_WRITE = 0, 1
+NO_BUDGET = (1 << 64) - 1
+
+# The header: written once by the application.
+W_MAGIC, W_ID, W_ADDRESS, W_SIZE, W_BLOCK_SIZE, W_MODE, W_BUDGET, W_RECIPE, W_RECIPE_LENGTH = range(9)
+# The counters: written by the worker.
+COUNTERS = 32
+FAULTS, FILLED, BYTES_READ, EVICTIONS, FAILURES, DUPLICATES, RESIDENT, PRIVATE, CPU = range(COUNTERS, COUNTERS + 9)
+HISTOGRAM = 128
+BUCKETS = 96
+"""Four buckets an octave from 256 ns: the last begins at about 3.6 s."""
+
+
+BOUNDS = tuple(round(256 * 2 ** (i / 4)) for i in range(BUCKETS))
+"""Upper bounds of the latency buckets, in nanoseconds; the last one holds everything above too."""
+
+
+def bucket_of(nanoseconds: int) -> int:
+    """Return the index of the bucket that a latency falls into."""
+    return min(bisect_left(BOUNDS, nanoseconds), BUCKETS - 1)
+
+
+class Layout:
+    """Where each part of a region's memfd begins, in bytes."""
+
+    __slots__ = ("geometry", "pins", "recipe", "recipe_length", "states", "total", "words")
+
+    def __init__(self, geometry: Geometry, recipe_length: int) -> None:
+        part = round_up(max(geometry.blocks, 1), PAGE_SIZE)
+        self.geometry = geometry
+        self.recipe_length = recipe_length
+        self.states = geometry.length
+        self.pins = self.states + part
+        self.recipe = self.pins + part
+        self.words = self.recipe + round_up(recipe_length, PAGE_SIZE)
+        self.total = self.words + PAGE_SIZE
+
+
+class Ledger:
+    """A mapping of everything behind the data of a region's memfd.
+
+    `states` and `pins` are memoryviews of bytes, `words` of 64-bit words, `recipe` of the store's recipe.  They are
+    good until `close()`, or until this object is gone; they do not keep it alive.
+    """
+
+    __slots__ = ("_address", "_length", "geometry", "pins", "recipe", "states", "words")
+
+    def __init__(self, fd: int, layout: Layout) -> None:
+        self.geometry = layout.geometry
+        self._length = layout.total - layout.states
+        self._address = memory.map_memory(self._length, fd=fd, offset=layout.states)
+        whole = memory.view(self._address, self._length)
+        base = layout.states
+        self.states = whole[: layout.geometry.blocks]
+        self.pins = whole[layout.pins - base :][: layout.geometry.blocks]
+        self.recipe = whole[layout.recipe - base :][: layout.recipe_length].toreadonly()
+        self.words = whole[layout.words - base :].cast("Q")
+
+    @classmethod
+    def attach(cls, fd: int) -> Ledger:
+        """Map the ledger of a region from its memfd alone.
+
+        Raises:
+            ValueError: if the descriptor is not a region's memfd.
+            KernelError: if it cannot be mapped.
+        """
+        words = memoryview(os.pread(fd, PAGE_SIZE, os.fstat(fd).st_size - PAGE_SIZE)).cast("Q")
+        if words[W_MAGIC] != MAGIC:
+            raise ValueError(f"descriptor {fd} is not the memfd of a region")
+        geometry = Geometry(words[W_SIZE], words[W_BLOCK_SIZE])
+        return cls(fd, Layout(geometry, words[W_RECIPE_LENGTH]))
+
+    def close(self) -> None:
+        """Unmap it. Afterwards the views must not be touched."""
+        address, self._address = self._address, 0
+        if address:
+            memory.unmap(address, self._length)
+            self.states = self.pins = self.recipe = self.words = memoryview(b"")
+
+    def __del__(self) -> None:
+        if getattr(self, "_address", 0):
+            self.close()
+
+    def occupied(self, fd: int) -> list[tuple[int, int]]:
+        """Runs of blocks `(first, stop)` whose state bytes have ever been written; reads no page that is not there."""
+        from userfault.kernel import memfd  # not needed on the way of a fault
+
+        base, blocks = self.geometry.length, self.geometry.blocks
+        extents = memfd.data_extents(fd, base, base + round_up(blocks, PAGE_SIZE))
+        return [(start - base, min(end - base, blocks)) for start, end in extents if start - base < blocks]

@@ -1,0 +1,69 @@
+"""What `/proc/self/fdinfo` says about a userfaultfd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from userfault.errors import KernelError
+from userfault.kernel.abi import Feature, Ioctl
+
+__all__ = ["FdInfo", "parse_fdinfo", "read_fdinfo"]
+
+# The kernel marks a descriptor that has shaken hands with the highest bit of its own features word.
+_INITIALIZED = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class FdInfo:
+    """The state of a userfaultfd.
+
+    Attributes:
+        pending: Faults whose message has not been read.
+        total: Faults whose thread waits, read or not.
+        api: The protocol's number, 0xAA.
+        features: What is enabled.
+        ioctls: What the kernel can do at all.
+        initialized: Whether UFFDIO_API has been done.
+    """
+
+    pending: int
+    total: int
+    api: int
+    features: Feature
+    ioctls: Ioctl
+    initialized: bool
+
+
+def parse_fdinfo(text: str) -> FdInfo:
+    """Parse the text of a fdinfo file.
+
+    Raises:
+        ValueError: It is not that of a userfaultfd.
+    """
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    if not {"pending", "total", "API"} <= fields.keys():
+        raise ValueError("not the fdinfo of a userfaultfd")
+    api, features, ioctls = (int(part, 16) for part in fields["API"].split(":"))
+    return FdInfo(
+        pending=int(fields["pending"]),
+        total=int(fields["total"]),
+        api=api,
+        features=Feature(features & ~_INITIALIZED),
+        ioctls=Ioctl(ioctls),
+        initialized=bool(features & _INITIALIZED),
+    )
+
+
+def read_fdinfo(fd: int, pid: int | str = "self") -> FdInfo:
+    """Read the state of a userfaultfd, of this process or another.
+
+    Raises:
+        KernelError: No such descriptor, or not ours to look at.
+        ValueError: The descriptor is something else.
+    """
+    path = f"/proc/{pid}/fdinfo/{fd}"
+    try:
+        with open(path, encoding="ascii") as file:
+            return parse_fdinfo(file.read())
+    except OSError as error:
+        raise KernelError(error.errno or 0, f"open({path})") from None

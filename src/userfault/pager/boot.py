@@ -1,0 +1,57 @@
+"""The first things a process of the pager does, whichever role it has."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import resource
+import signal
+import sys
+
+from userfault.pager import spawn
+
+
+def main(role: str, will_fd: int) -> None:
+    """Become the supervisor or the worker that the will names; never returns."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # its life is the application's, not the terminal's
+    faulthandler.enable()
+    will = spawn.read_will(will_fd)
+    _keep_only(spawn.descriptors(will))
+    _settle(role)
+    if role == spawn.WORKER:
+        from userfault.pager.worker import run
+    else:
+        from userfault.pager.supervisor import run
+    code = 1
+    try:
+        run(will)
+        code = 0
+    except BaseException:  # noqa: BLE001  # whatever it was, the other process must see this one end
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code)  # threads may hang in a store for ever; nothing else is left to do
+
+
+def _keep_only(fds: set[int]) -> None:
+    """Close what came along by accident; make the rest private again."""
+    for fd in sorted(map(int, os.listdir("/proc/self/fd"))):
+        if fd in fds:
+            os.set_inheritable(fd, False)
+        elif fd > 2:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def _settle(role: str) -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    with open("/proc/self/comm", "w") as comm:
+        comm.write(f"userfault-{role}"[:15])
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    os.chdir("/")  # no file system stays busy because of a pager

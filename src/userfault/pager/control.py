@@ -1,0 +1,262 @@
+"""The worker's other thread: requests of the application, and the lives of those around it.
+
+It waits in one poll for the request socket, the supervisor, the application and its own threads, and wakes twice a
+second besides: to write the counters down, and to ask the kernel whether the application's memory still exists, since
+an exec keeps the process and a forked child may hold the socket (`ESRCH` from any operation that needs the memory).
+Answers go out without waiting; what the socket does not take stays queued, so that an application that is stopped in a
+fault with the GIL held never stops its pager.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+from collections import deque
+from threading import Thread
+
+from userfault.blocks.geometry import PAGE_SIZE
+from userfault.errors import PagerLostError, StoreError
+from userfault.kernel import process
+from userfault.pager import evict, failure, faults, spawn, wire
+from userfault.pager.pool import Request, pool_of
+from userfault.pager.served import Served
+from userfault.pager.wire import Message
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from userfault.kernel.userfaultfd import Userfaultfd
+    from userfault.pager.faults import FaultLoop
+    from userfault.pager.spawn import Will
+
+TICK_MS = 500
+
+
+class Control:
+    """Answers requests until the application is gone. `run` is called by one thread; `post` by any."""
+
+    def __init__(self, will: Will, uffd: Userfaultfd, loop: FaultLoop) -> None:
+        self.will = will
+        self.uffd = uffd
+        self.loop = loop
+        loop.on_filled = self.progress
+        self.regions: dict[int, Served] = {}
+        self.ward = socket.socket(fileno=will["ward"])
+        self.control = socket.socket(fileno=will["control"])
+        self.supervisor = -1
+        self.supervisor_pid = 0
+        self._requests: dict[int, list[Request]] = {}
+        self._outbox: deque[Message] = deque()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll = select.poll()
+        self._progress = False
+        self._listening = True
+        self._over = False
+        self._verbs: dict[int, Callable[[Message], None]] = {
+            wire.OPEN: self._open,
+            wire.CLOSE: self._close,
+            wire.ENSURE: self._ensure,
+            wire.RETRY: self._ensure,
+            wire.EVICT: self._evict,
+            wire.SYNC: self._sync,
+            wire.BYE: self._bye,
+        }
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Listen until the application is gone, then end the process's work."""
+        for fd in (self.ward.fileno(), self._bell, self.will["application"], self.control.fileno()):
+            self._poll.register(fd, select.POLLIN)
+        while not self._over:
+            ready = dict(self._poll.poll(TICK_MS))
+            if not ready:
+                self._tick()
+            self._look(ready)
+            self._send()
+        self._tell_supervisor(Message(wire.GOODBYE))
+
+    def _look(self, ready: dict[int, int]) -> None:
+        if self._bell in ready:
+            os.eventfd_read(self._bell)
+        if self.ward.fileno() in ready:
+            self._hear_supervisor()
+        if self.supervisor in ready:
+            self._replace_supervisor()
+        if self.will["application"] in ready:
+            self._over = True
+        events = ready.get(self.control.fileno(), 0)
+        if events & (select.POLLIN | select.POLLHUP):
+            self._hear_application()
+
+    def _tick(self) -> None:
+        for region in list(self.regions.values()):
+            region.publish(self.loop.placement.cpu)
+        done, error = self.uffd.zeropage(1 << 16, PAGE_SIZE)  # nothing is registered there: ENOENT from a living process
+        if not done and error == errno.ESRCH:
+            self._over = True
+
+    def progress(self) -> None:
+        """A block has been filled: this worker's death will not count against it. Called by any thread."""
+        if not self._progress:
+            self._progress = True
+            self._tell_supervisor(Message(wire.PROGRESS))
+
+    def post(self, message: Message) -> None:
+        """Send a message to the application, some time soon."""
+        self._outbox.append(message)
+        os.eventfd_write(self._bell, 1)
+
+    def _send(self) -> None:
+        try:
+            while self._outbox:
+                wire.send(self.control, self._outbox[0], socket.MSG_DONTWAIT)
+                self._outbox.popleft()
+            wanted = select.POLLIN
+        except BlockingIOError:
+            wanted = select.POLLIN | select.POLLOUT
+        except OSError:  # the application closed its end; it may still live, and fault
+            self._outbox.clear()
+            return
+        if self._listening:
+            self._poll.modify(self.control.fileno(), wanted)
+
+    # -- the supervisor ---------------------------------------------------------------------------------------------
+
+    def introduce(self) -> None:
+        """Tell the supervisor and the application who their worker is."""
+        own = process.pidfd_open(os.getpid())
+        self._tell_supervisor(Message(wire.INTRODUCE, a=os.getpid(), fds=(own,)))
+        os.close(own)
+
+    def _tell_supervisor(self, message: Message) -> None:
+        with contextlib.suppress(OSError):  # it is dead: its successor gets all of this by will
+            wire.send(self.ward, message)
+
+    def _hear_supervisor(self) -> None:
+        message = wire.receive(self.ward)
+        if message is None:
+            self._poll.unregister(self.ward)
+            if self.supervisor < 0:  # it died before it had introduced itself
+                self._replace_supervisor()
+        elif message.kind == wire.INTRODUCE:
+            self.supervisor_pid, self.supervisor = message.a, message.fds[0]
+            self._poll.register(self.supervisor, select.POLLIN)
+            self.post(Message(wire.HELLO, a=os.getpid(), b=self.supervisor_pid))
+
+    def _replace_supervisor(self) -> None:
+        if self.supervisor >= 0:
+            self._poll.unregister(self.supervisor)
+            os.close(self.supervisor)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.supervisor_pid, os.WNOHANG)
+        self.supervisor = -1
+        with contextlib.suppress(KeyError, ValueError):
+            self._poll.unregister(self.ward)
+        self.ward.close()
+        self.ward, theirs = wire.pair()
+        regions = [(region.id, region.fd) for region in self.regions.values()]
+        will = self.will | {"ward": theirs.fileno(), "regions": regions, "strikes": 0}
+        spawn.start_successor(spawn.SUPERVISOR, will)
+        theirs.close()
+        self._poll.register(self.ward, select.POLLIN)
+        self.introduce()
+
+    # -- the application --------------------------------------------------------------------------------------------
+
+    def _hear_application(self) -> None:
+        try:
+            message = wire.receive(self.control, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        if message is None:  # closed, or exec: the tick finds out which
+            self._poll.unregister(self.control)
+            self._listening = False
+            self._tick()
+            return
+        try:
+            self._verbs[message.kind](message)
+        except Exception as error:  # noqa: BLE001  # one bad request must not end the pager
+            self._refuse(message, error)
+
+    def _refuse(self, message: Message, error: BaseException) -> None:
+        self.post(Message(wire.FAILED, message.id, text=failure.encode(error)))
+
+    def _open(self, message: Message) -> None:
+        """Take a region on; in a thread, since a store may take its time to appear."""
+        if message.region in self.regions:  # asked by a worker that died before it could answer
+            os.close(message.fds[0])
+            self.post(Message(wire.OK, message.id))
+        else:
+            Thread(target=self._take_on, args=(message,), name="open", daemon=True).start()
+
+    def _take_on(self, message: Message) -> None:
+        fd = message.fds[0]
+        try:
+            region = Served(fd, self.uffd)
+        except BaseException as error:  # noqa: BLE001  # whatever a store's class may do when it is made
+            os.close(fd)
+            self._refuse(message, error)
+            return
+        self.adopt(region)  # before the supervisor hears of it: one that starts meanwhile gets it by will
+        self._tell_supervisor(Message(wire.KEEP, region=region.id, fds=(fd,)))
+        self.post(Message(wire.OK, message.id))
+
+    def adopt(self, region: Served) -> None:
+        """Serve a region from now on."""
+        region.on_filled = self.progress
+        self.regions[region.id] = region
+        self.loop.add(region)
+
+    def _close(self, message: Message) -> None:
+        region = self.regions.pop(message.region, None)
+        if region is not None:
+            self.loop.remove(region)
+            region.close((faults.FAULT,))
+            for request in list(self._requests.pop(region.id, [])):
+                request.abandon(failure.encode(StoreError("the region was closed meanwhile")))
+            self._tell_supervisor(Message(wire.DROP, region=region.id))
+            os.close(region.fd)
+        self.post(Message(wire.OK, message.id))
+
+    def _region(self, message: Message) -> Served:
+        region = self.regions.get(message.region)
+        if region is None:
+            raise PagerLostError(f"the pager knows no region {message.region}")
+        return region
+
+    def _ensure(self, message: Message) -> None:
+        region = self._region(message)
+        if message.a == message.b:
+            self.post(Message(wire.OK, message.id))
+            return
+
+        def done(request: Request) -> None:
+            open_requests.remove(request)
+            if message.flags & wire.NO_ANSWER:
+                return
+            kind = wire.FAILED if request.error else wire.OK
+            self.post(Message(kind, message.id, text=request.error or b""))
+
+        write, retry = bool(message.flags & wire.WRITE), message.kind == wire.RETRY
+        request = Request(region, message.a, message.b, done, write=write, retry=retry)
+        open_requests = self._requests.setdefault(region.id, [])
+        open_requests.append(request)
+        pool_of(region).wants(request)
+
+    def _evict(self, message: Message) -> None:
+        dropped = evict.evict_range(self._region(message), message.a, message.b)
+        self.post(Message(wire.OK, message.id, a=dropped))
+
+    def _sync(self, message: Message) -> None:
+        self._region(message).publish(self.loop.placement.cpu)
+        self.post(Message(wire.OK, message.id))
+
+    def _bye(self, message: Message) -> None:
+        self.post(Message(wire.OK, message.id))
+        self._send()
+        self._over = True

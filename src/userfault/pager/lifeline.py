@@ -1,0 +1,116 @@
+"""The lifeline: when the whole pager is dead, the application must not wait for ever.
+
+Some facts
+----------
+* A thread that sleeps in a user fault while nobody is left to answer sleeps for ever, with the GIL in its hand.  No Python code
+  of the application runs then, so nothing that Python could do would end it.
+* A socket with `O_ASYNC` makes the kernel send a signal when its other end closes, `F_SETSIG` says which, and
+  `F_SETOWN_EX` with `F_OWNER_TID` to which thread (fcntl(2), Linux 2.6.32).  A signal to the process as a whole may be
+  given to the thread that cannot take it: one that faults inside a system call.
+* `abort(3)` is async-signal-safe.  It unblocks SIGABRT and raises it; if that returns, because it is ignored or a
+  handler came back, it puts the default action in place and raises it again.
+
+What follows
+------------
+The other end of the lifeline is held by the supervisor and the worker and nobody else.  When both are dead the kernel
+signals a thread of ours that touches no region and is parked in a system call.  The signal is a real-time one that
+nobody uses, and its handler is libc's own `abort`, no C of ours.  So the process ends by SIGABRT within milliseconds,
+whether SIGABRT is at that time ignored, blocked, handled in Python or handled by `faulthandler`, which prints where
+every thread is: also the touching line.
+
+A pager that is closed in good order disarms its lifeline first.  An exit of the application needs no disarming, since
+the pager outlives it; an exec closes our end; a forked child does not own the signal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+
+from userfault.errors import UnsupportedError
+from userfault.kernel import process
+
+F_SETOWN_EX = 15  # <fcntl.h> with _GNU_SOURCE; Linux 2.6.32
+F_OWNER_TID = 0
+F_SETSIG = 10
+_OWNER = struct.Struct("=ii")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.signal.restype = ctypes.c_void_p
+_libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+_SIG_ERR = ctypes.c_void_p(-1).value
+_chosen = 0
+
+
+def signal_number() -> int:
+    """Return the real-time signal whose handler is `abort`; the first call chooses it and installs the handler.
+
+    Raises:
+        UnsupportedError: if every real-time signal has a handler already.
+    """
+    global _chosen  # noqa: PLW0603  # a signal handler is the process's, and so is this
+    if not _chosen:
+        _chosen = _free_signal()
+        abort = ctypes.cast(_libc.abort, ctypes.c_void_p)
+        if _libc.signal(_chosen, abort) == _SIG_ERR:
+            raise UnsupportedError("a real-time signal", "run outside the sandbox that forbids rt_sigaction(2)")
+    return _chosen
+
+
+def _free_signal() -> int:
+    status = process.status()
+    used = int(status["SigCgt"], 16) | int(status["SigIgn"], 16)
+    for number in range(signal.SIGRTMAX - 1, signal.SIGRTMIN, -1):
+        if not used >> (number - 1) & 1:
+            return int(number)
+    raise UnsupportedError("a free real-time signal", "leave one without a handler: the pager's lifeline needs it")
+
+
+class Lifeline:
+    """One end of a socket whose other end only the pager holds.
+
+    The thread that is to take the signal calls `receive_here` once, and must never touch a region; everything else may be
+    called by any thread. After a fork the child calls `close`.
+    """
+
+    def __init__(self) -> None:
+        signal_number()
+        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+
+    def receive_here(self) -> None:
+        """Make the calling thread the one that takes the signal."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal_number(), signal.SIGABRT})
+        fd = self._ours.fileno()
+        fcntl.fcntl(fd, F_SETOWN_EX, _OWNER.pack(F_OWNER_TID, threading.get_native_id()))
+        fcntl.fcntl(fd, F_SETSIG, signal_number())
+
+    def arm(self) -> None:
+        """From now on the death of the pager ends this process. Does so at once if the pager is dead already."""
+        fd = self._ours.fileno()
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        if poll.poll(0):
+            os.abort()
+
+    def release_theirs(self) -> None:
+        """Close the pager's end here, once the pager has its own."""
+        self.theirs.close()
+
+    def disarm(self) -> None:
+        """Let the pager go without a signal."""
+        fd = self._ours.fileno()
+        if fd >= 0:
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_ASYNC)
+
+    def close(self) -> None:
+        """Close this process's end, without a signal."""
+        self._ours.close()
+        self.theirs.close()
+

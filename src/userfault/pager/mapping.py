@@ -1,0 +1,150 @@
+"""The application's side of a region's memory: mapping it, ending it, forking with it.
+
+Some facts
+----------
+* `mmap.mmap` counts the buffers that are exported from it, and refuses to close while there are any.  That count is why
+  the memory is an `mmap` object.  But it also keeps a duplicate of its descriptor for ever (until Python 3.13's
+  `trackfd=False`), and a thousand regions would be a thousand descriptors.  So the object is made over nothing, and the
+  memfd is mapped over its addresses (`MAP_FIXED`); when it unmaps them it does the right thing.
+* Addresses that are unmapped may be used again at once, by another region too.  A `UFFDIO_COPY` of a worker that did not
+  yet know would land in it.  So the worker is told first and answers before anything is unmapped.
+* When a range leaves userfaultfd its holes read as zeros.  So at the end inaccessible memory is mapped over the range,
+  in one step, and only then are those woken who may still wait there: they meet SIGSEGV, never a zero.
+* `MADV_DONTFORK`: a child does not inherit the range.  But it inherits the Python object, which will one day unmap those
+  addresses, whatever the child has there by then.  So in the child they are reserved right after the fork.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+
+from userfault.blocks import ledger as book
+from userfault.blocks.geometry import Geometry
+from userfault.blocks.ledger import Layout, Ledger
+from userfault.errors import KernelError
+from userfault.kernel import abi, memfd, memory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from userfault.kernel.userfaultfd import Userfaultfd
+    from userfault.pager.client import Link, Pager
+    from userfault.pager.recipe import Recipe
+
+MODES = {"r": book.READ_ONLY, "c": book.COPY_ON_WRITE}
+_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | abi.MAP_NORESERVE
+
+_alive: weakref.WeakSet[Mapping] = weakref.WeakSet()
+
+
+class Mapping(mmap.mmap):
+    """The memory of one region. When the last reference goes (also by the views of it), the region ends."""
+
+    address: int
+    length: int
+    ledger: Ledger
+    identity: int
+    pager: Pager
+    link: Link
+    _owner: int
+
+    def begin(self, pager: Pager, identity: int, geometry: Geometry, mode: str, budget: int | None, recipe: Recipe) -> int:
+        """Put a fresh region in place of the empty memory; return its memfd, for the pager.
+
+        Raises:
+            KernelError: naming the call; this object is then to be dropped.
+        """
+        self.pager, self.link, self.identity, self._owner = pager, pager.link, identity, 0
+        self.address, self.length = memory.address_of(self), geometry.length
+        layout = Layout(geometry, recipe.length)
+        fd = memfd.create("userfault-region", layout.total)
+        try:
+            recipe.write(fd, layout.recipe)
+            self.ledger = Ledger(fd, layout)
+            self._write_header(mode, budget, layout)
+            self._cover(fd, mmap.PROT_READ if mode == "r" else mmap.PROT_READ | mmap.PROT_WRITE)
+            self._register(self.link.uffd, mode)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._owner = os.getpid()
+        _alive.add(self)
+        return fd
+
+    def _write_header(self, mode: str, budget: int | None, layout: Layout) -> None:
+        words = self.ledger.words
+        header = {
+            book.W_MAGIC: book.MAGIC,
+            book.W_ID: self.identity,
+            book.W_ADDRESS: self.address,
+            book.W_SIZE: layout.geometry.size,
+            book.W_BLOCK_SIZE: layout.geometry.block_size,
+            book.W_MODE: MODES[mode],
+            book.W_BUDGET: book.NO_BUDGET if budget is None else budget,
+            book.W_RECIPE_LENGTH: layout.recipe_length,
+        }
+        for index, value in header.items():
+            words[index] = value
+
+    def _cover(self, fd: int, prot: int) -> None:
+        flags = mmap.MAP_SHARED | abi.MAP_NORESERVE | abi.MAP_FIXED
+        memory.map_memory(self.length, fd=fd, prot=prot, flags=flags, address=self.address)
+        for advice in (abi.MADV_DONTFORK, abi.MADV_DONTDUMP):
+            memory.advise(self.address, self.length, advice)
+
+    def _register(self, uffd: Userfaultfd, mode: str) -> None:
+        how = abi.UFFDIO_REGISTER_MODE_MISSING | (abi.UFFDIO_REGISTER_MODE_WP if mode == "c" else 0)
+        uffd.register(self.address, self.length, how)
+
+    def exported(self) -> bool:
+        """Whether anybody holds a view. `resize(-1)` asks for just that before it refuses the size."""
+        try:
+            self.resize(-1)
+        except BufferError:
+            return True
+        except (TypeError, ValueError):
+            return False
+        return False
+
+    def finish(self) -> None:
+        """Take the memory away, once the pager has let go of it. The addresses stay ours until this object is gone."""
+        if self._owner != os.getpid():
+            return
+        self._owner = 0
+        memory.map_memory(self.length, prot=0, flags=_RESERVED | abi.MAP_FIXED, address=self.address)
+        self.link.uffd.wake(self.address, self.length)
+        self.ledger.close()
+        _alive.discard(self)
+
+    def __del__(self) -> None:
+        if getattr(self, "_owner", 0) == os.getpid():
+            self.link.retire(self)  # which holds it until the pager has answered
+
+
+def new_mapping(size: int, mode: str) -> Mapping:
+    """Reserve the addresses of a region.
+
+    Raises:
+        KernelError: if there is no room.
+    """
+    prot = mmap.PROT_READ if mode == "r" else mmap.PROT_READ | mmap.PROT_WRITE
+    try:
+        return Mapping(-1, size, flags=_RESERVED, prot=prot)
+    except OSError as error:
+        raise KernelError(error.errno or 0, "mmap", f"{size} bytes for a region") from error
+
+
+def _reserve_in_child() -> None:
+    """Keep the addresses of the parent's regions free of anything else: a touch is a SIGSEGV."""
+    for mapping in list(_alive):
+        try:
+            flags = _RESERVED | abi.MAP_FIXED_NOREPLACE
+            memory.map_memory(mapping.length, prot=0, flags=flags, address=mapping.address)
+        except KernelError:  # taken within microseconds of the fork: then the object must never unmap them
+            _taken.append(mapping)
+    _alive.clear()
+
+
+_taken: list[Mapping] = []
+os.register_at_fork(after_in_child=_reserve_in_child)

@@ -1,0 +1,341 @@
+"""A region as the worker sees it: its blocks, who is working on which, and how one is brought in.
+
+Claims
+------
+Several threads of the worker work on blocks: the fault loop, the readers of the pool, evictions.  Whoever is to change
+the state of a block first *claims* it, with `claims.setdefault(block, token)`: one atomic step that either makes the
+caller the owner or shows that somebody else is.  The owner alone changes the state, and releases the claim when the
+block is at rest again.  There is no lock on the way of a fault.
+
+A fault message that meets a claim is simply ignored, and that is safe, because whoever holds the claim ends by waking
+the block's range: COPY and POISON wake what they install, an eviction wakes after its release.  The thread was already
+asleep in the kernel when its message was read, so a wake that follows reaches it; it then looks again and, if the page
+is still not there, sends another message.  A *request* that meets a claim leaves its name in `waiters` first and then
+tries once more; the owner looks there after its release.  So one of the two always sees the other.
+
+Closing
+-------
+`closing` is set, then one waits until no claim is of the kind that touches the application's memory.  An owner looks at
+`closing` after it has claimed and before it touches.  After that, addresses may be used for something else: a read that
+returns from its store hours later finds the region closing and goes no further.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import sys
+import time
+from collections import deque
+from threading import Lock
+
+from userfault.blocks import ledger as book
+from userfault.blocks.geometry import PAGE_SIZE
+from userfault.blocks.ledger import Ledger
+from userfault.blocks.states import BlockState
+from userfault.errors import KernelError, StoreError
+from userfault.kernel import abi, memfd, memory
+from userfault.pager import evict, failure, poison, recipe
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from userfault.kernel.userfaultfd import Userfaultfd
+    from userfault.pager.pool import Pool, Request
+
+ABSENT, FILLING, CLEAN, PRIVATE, EVICTING, FAILED = (
+    int(s)
+    for s in (
+        BlockState.ABSENT,
+        BlockState.FILLING,
+        BlockState.CLEAN,
+        BlockState.PRIVATE,
+        BlockState.EVICTING,
+        BlockState.FAILED,
+    )
+)
+INSTALLING = object()
+"""The claim of a reader that is about to touch the application's memory."""
+UNLIMITED = 1 << 62
+PATIENCE = 200
+"""How often a refusal that may pass (EAGAIN, ENOMEM) is tried again, 1 ms apart at first: ~1 s in all."""
+
+
+class Staging:
+    """Memory of one thread, into which a store writes a block."""
+
+    __slots__ = ("_map", "address", "view")
+
+    def __init__(self, length: int) -> None:
+        self._map = mmap.mmap(-1, length)
+        self.view = memoryview(self._map)
+        self.address = memory.address_of(self._map)
+
+    def padded(self, length: int) -> int:
+        """Return the address, once everything from `length` to the end of its page is zero."""
+        rest = -length % PAGE_SIZE
+        if rest:
+            self.view[length : length + rest] = bytes(rest)
+        return self.address
+
+
+class Served:
+    """One region. Its methods are called by the owner of the block that they name, unless they say otherwise."""
+
+    def __init__(self, fd: int, uffd: Userfaultfd) -> None:
+        """Take a region over from its memfd, whatever a former worker left.
+
+        Raises:
+            StoreError: if its store cannot be made here, or is not what it was.
+        """
+        self.fd = fd
+        self.uffd = uffd
+        self.ledger = Ledger.attach(fd)
+        words = self.ledger.words
+        geometry = self.ledger.geometry
+        self.id: int = words[book.W_ID]
+        self.base: int = words[book.W_ADDRESS]
+        self.end = self.base + geometry.length
+        self.geometry = geometry
+        self.shift = geometry.shift
+        self.block_size = geometry.block_size
+        self.pages_per_block = geometry.block_size // PAGE_SIZE
+        self.whole_blocks = geometry.size >> geometry.shift
+        budget: int = words[book.W_BUDGET]
+        self.limit = UNLIMITED if budget == book.NO_BUDGET else budget // geometry.block_size
+        self.protects = words[book.W_MODE] == book.COPY_ON_WRITE
+        self.copy_mode = abi.UFFDIO_COPY_MODE_WP if self.protects else 0
+        self.states = self.ledger.states
+        self.pins = self.ledger.pins
+        self.claims: dict[int, object] = {}
+        self.waiters: dict[int, list[Request]] = {}
+        self.order: deque[int] = deque()
+        """Resident blocks that may be evicted, oldest first; each stands here once."""
+        self.private: set[int] = set()
+        """Private blocks that eviction has met and taken out of the order."""
+        self.private_blocks = 0
+        self.errors: dict[int, bytes] = {}
+        self.closing = False
+        self.lock = Lock()
+        self.histogram = [0] * book.BUCKETS
+        self.duplicates = 0
+        """These two are the fault loop's alone; `tally` is for every other thread, under the lock."""
+        self.tally = [0] * (book.HISTOGRAM + book.BUCKETS)
+        self.published = words[book.COUNTERS : book.HISTOGRAM + book.BUCKETS].tolist()
+        self.pool: Pool | None = None
+        self.on_filled: Callable[[], None] = int
+        """Called after each block that was brought in by another way than the fault loop's own."""
+        try:
+            self.store = recipe.load(self.ledger.recipe)
+            self._check_store()
+        except BaseException:
+            self.ledger.close()
+            raise
+        self.locate = self.store.locate
+        self.inline = self.store.concurrency == 0
+
+    def _check_store(self) -> None:
+        size = self.store.size
+        if size != self.geometry.size:
+            raise StoreError(
+                f"the store has {size} bytes, but had {self.geometry.size} when the region was opened",
+                store=self.store.describe(),
+            )
+
+    # -- numbers ----------------------------------------------------------------------------------------------------
+
+    def byte_range(self, first: int, stop: int) -> tuple[int, int]:
+        """Return `(start, end)` of a run of blocks, in bytes of the memory: whole pages."""
+        return first << self.shift, min(stop << self.shift, self.geometry.length)
+
+    def resident_blocks(self) -> int:
+        """Return how many blocks are in memory."""
+        return len(self.order) + len(self.private)
+
+    def add(self, counter: int, amount: int = 1) -> None:
+        """Count something; for any thread but the fault loop's, which has its own histogram."""
+        with self.lock:
+            self.tally[counter] += amount
+
+    def count_evicted(self, blocks: int) -> None:
+        """Count an eviction."""
+        self.add(book.EVICTIONS, blocks)
+
+    def record(self, nanoseconds: int) -> None:
+        """Count a fault that did not end in the fault loop."""
+        self.add(book.HISTOGRAM + book.bucket_of(nanoseconds))
+
+    def publish(self, cpu: int) -> None:
+        """Write the counters into the ledger, where the application reads them. Called by the control thread."""
+        words, base = self.ledger.words, self.published
+        with self.lock:
+            tally = self.tally[:]
+        inline = sum(self.histogram)
+        tally[book.FILLED] += inline
+        tally[book.BYTES_READ] += inline * self.block_size
+        for i, count in enumerate(self.histogram):
+            tally[book.HISTOGRAM + i] += count
+        tally[book.FAULTS] = sum(tally[book.HISTOGRAM :])
+        tally[book.DUPLICATES] = self.duplicates
+        for i in range(book.COUNTERS, book.HISTOGRAM + book.BUCKETS):
+            if value := tally[i]:
+                words[i] = base[i - book.COUNTERS] + value
+        words[book.RESIDENT] = self.resident_blocks() * self.block_size
+        words[book.PRIVATE] = self.private_blocks * self.block_size
+        words[book.CPU] = cpu & (1 << 64) - 1
+
+    # -- claims -----------------------------------------------------------------------------------------------------
+
+    def release(self, block: int) -> None:
+        """Give a claim back, and let the requests that met it go on."""
+        del self.claims[block]
+        if self.waiters:
+            with self.lock:
+                waiting = self.waiters.pop(block, ())
+            for request in waiting:
+                request.again(block)
+
+    def wake(self, start: int, length: int) -> None:
+        """Let threads that wait in a byte range of the region look again."""
+        self.uffd.wake(self.base + start, length)
+
+    # -- bringing a block in ----------------------------------------------------------------------------------------
+
+    def bring(self, block: int, staging: Staging, source: int = 0) -> None:
+        """Read a block from its store and install it; the caller owns it and has set FILLING. Releases the claim.
+
+        With a `source` the bytes are at that address of this process already.
+        """
+        try:
+            source = source or self._read(block, staging)
+            self.claims[block] = INSTALLING
+            if self.closing:
+                return
+            if self.resident_blocks() >= self.limit:
+                evict.make_room(self)
+            self._install(block, source, self.copy_mode)
+        except BaseException as error:  # noqa: BLE001  # a store may raise anything at all
+            self.fail(block, error)
+        else:
+            self.states[block] = CLEAN
+            self.order.append(block)
+            self.on_filled()
+            with self.lock:
+                self.tally[book.FILLED] += 1
+                self.tally[book.BYTES_READ] += self.geometry.span(block)[1]
+        finally:
+            self.release(block)
+
+    def _read(self, block: int, staging: Staging) -> int:
+        """Have the store write a block into `staging`; return the address."""
+        offset, length = self.geometry.span(block)
+        got: object = self.store.read_into(offset, staging.view[:length])  # type: ignore[func-returns-value]
+        if got is not None and got != length:
+            raise StoreError(f"read_into returned {got!r} instead of filling the buffer")
+        return staging.padded(length)
+
+    def at_hand(self, block: int, staging: Staging) -> int:
+        """Return an address of a block's bytes if that needs no waiting, else 0. For the fault loop alone."""
+        offset, length = self.geometry.span(block)
+        return staging.padded(length) if self.store.read_now(offset, staging.view[:length]) else 0
+
+    def _install(self, block: int, source: int, mode: int) -> None:
+        """COPY a block into the application, around pages that are there already, and wake."""
+        start, end = self.byte_range(block, block + 1)
+        at, impatience = start, 0
+        while at < end:
+            done, error = self.uffd.copy(self.base + at, source + at - start, end - at, mode)
+            at += done
+            if error == errno.EEXIST:
+                at += PAGE_SIZE
+            elif error in (errno.EAGAIN, errno.ENOMEM) and impatience < PATIENCE:
+                impatience += 1
+                time.sleep(0.001 + 0.0001 * impatience)  # back-off: only the kernel can say when
+                if error == errno.ENOMEM:
+                    evict.make_room(self)
+            elif error == errno.EFAULT:
+                raise StoreError("the file's content went away while it was being copied")
+            elif error not in (0, errno.ENOENT, errno.ESRCH):  # those two: nobody is there any more
+                raise KernelError(error, "ioctl(UFFDIO_COPY)", f"block {block}")
+            elif error:
+                break
+        self.wake(start, end - start)  # whoever waits on a page that was there already
+
+    def fail(self, block: int, error: BaseException) -> None:
+        """Fail a block: a touch is a SIGBUS from now on, and a request gets the reason."""
+        offset, length = self.geometry.span(block)
+        reason = failure.describe(error, self.store, offset, length)
+        self.errors[block] = failure.encode(reason)
+        if self.closing:
+            return
+        self.states[block] = FAILED
+        self.add(book.FAILURES)
+        if len(self.errors) <= failure.LOUD:
+            sys.stderr.write(f"userfault: {reason}; touching it is a SIGBUS until Region.retry()\n")
+        start, end = self.byte_range(block, block + 1)
+        poison.poison(self.uffd, self.base + start, end - start)
+
+    # -- faults that are not simply a block to bring ------------------------------------------------------------------
+
+    def give_write_access(self, block: int) -> None:
+        """Make a resident block of a `c` region private and writable, and wake. Leaves the claim."""
+        if self.states[block] != PRIVATE:
+            self.states[block] = PRIVATE
+            with self.lock:
+                self.private_blocks += 1
+        start, end = self.byte_range(block, block + 1)
+        for _ in range(PATIENCE):
+            if self.uffd.write_protect(self.base + start, end - start, 0) != errno.EAGAIN:
+                return
+            time.sleep(0.001)
+
+    def mend(self, block: int, address: int, staging: Staging) -> None:
+        """Answer a missing fault in a block whose state says that nothing is missing. Releases the claim."""
+        state = self.states[block]
+        page = (address - self.base) & -PAGE_SIZE
+        try:
+            if state == FAILED:
+                start, end = self.byte_range(block, block + 1)
+                poison.poison(self.uffd, self.base + start, end - start)
+            elif not any(memfd.data_extents(self.fd, page, page + PAGE_SIZE)):  # the user dropped it: MADV_REMOVE
+                self._install(block, self._read(block, staging), 0 if state == PRIVATE else self.copy_mode)
+            else:
+                self.wake(page, PAGE_SIZE)
+        except BaseException as error:  # noqa: BLE001  # as in bring()
+            self.fail(block, error)
+        finally:
+            self.release(block)
+
+    # -- beginning and end ------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Put the states in order that a dead worker left, and wake everybody: read messages are never sent again."""
+        for first, stop in self.ledger.occupied(self.fd):
+            for block in range(first, stop):
+                self._recover_block(block, self.states[block])
+        self.wake(0, self.geometry.length)
+
+    def _recover_block(self, block: int, state: int) -> None:
+        if state == CLEAN:
+            self.order.append(block)
+        elif state == PRIVATE:
+            self.private.add(block)
+            self.private_blocks += 1
+        elif state == EVICTING:
+            start, end = self.byte_range(block, block + 1)
+            memfd.punch_hole(self.fd, start, end - start)
+            self.states[block] = ABSENT
+        elif state == FILLING:
+            self.states[block] = ABSENT
+
+    def close(self, hot_claims: tuple[object, ...]) -> None:
+        """Stop touching the application's memory, and forget the region. Called by the control thread."""
+        self.closing = True
+        touching = (*hot_claims, INSTALLING, evict.EVICTION)
+        while any(claim in touching for claim in list(self.claims.values())):
+            time.sleep(0.0002)  # at most one COPY or hole; the fault loop has no lock that one could wait on
+        pool, self.pool = self.pool, None
+        if pool is not None:
+            pool.close()
+        self.store.close()

@@ -1,0 +1,154 @@
+"""The supervisor: keeps a worker alive, and what the next worker needs.
+
+It holds a copy of every descriptor that matters (the userfaultfd, the request socket, each region's memfd), listens,
+and does nothing else: no store, no fault, no thread.  When the worker dies it spawns another from a will.  The worker
+does the same for the supervisor; only if both die at once does the application's lifeline break.
+
+A worker that dies before it has filled one block has achieved nothing.  After `MAX_STRIKES` such workers in a row the
+supervisor gives up: it poisons every region, so that a touch is a SIGBUS instead of a wait without end, tells the
+application, and stays as the one who holds the lifeline until the application is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import time
+
+from userfault.blocks import ledger
+from userfault.blocks.geometry import PAGE_SIZE
+from userfault.kernel import process
+from userfault.kernel.userfaultfd import Userfaultfd
+from userfault.pager import poison, spawn, wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from userfault.pager.spawn import Will
+
+MAX_STRIKES = 5
+"""Workers in a row that may die without having filled a block (systemd's default burst is 5 as well)."""
+PAUSE_S = 0.02
+"""Before the second such start, doubled each time: what kills them at once may pass, such as a lack of memory."""
+STEADY_S = 5.0
+"""A worker that lived this long has not failed to work; there was nothing to do."""
+
+
+class Supervisor:
+    """One thread, one loop. `ward` is the socket to the worker of the moment."""
+
+    def __init__(self, will: Will) -> None:
+        self.will = will
+        self.ward = socket.socket(fileno=will["ward"])
+        self.control = socket.socket(fileno=will["control"])
+        self.regions: dict[int, int] = dict(will["regions"])
+        self.strikes: int = will["strikes"]
+        self.worker = -1
+        """pidfd of the worker; -1 until it has introduced itself."""
+        self.worker_pid = 0
+        self.born = time.monotonic()
+        self.finished = False
+
+    def run(self) -> None:
+        """Watch until the application is gone or has said goodbye."""
+        self.introduce()
+        while not self.finished:
+            self.watch_worker()
+            if not self.finished:
+                self.replace_worker()
+
+    def introduce(self) -> None:
+        """Tell the worker who its supervisor is; it watches us as we watch it."""
+        own = process.pidfd_open(os.getpid())
+        with contextlib.suppress(OSError):  # it is dead already: the loop will see that
+            wire.send(self.ward, wire.Message(wire.INTRODUCE, a=os.getpid(), fds=(own,)))
+        os.close(own)
+
+    def watch_worker(self) -> None:
+        """Listen until the worker is dead, everything it said has been read, and act on none of it but keeping."""
+        poll = select.poll()
+        poll.register(self.ward, select.POLLIN)
+        while True:
+            ready = [fd for fd, _ in poll.poll()]
+            if self.ward.fileno() in ready and self.listen():
+                if self.worker >= 0:
+                    poll.register(self.worker, select.POLLIN)
+                continue
+            if self.worker >= 0 and self.worker not in ready:
+                poll.unregister(self.ward)  # end-of-file; wait for the process itself
+                continue
+            break
+        self.bury()
+
+    def listen(self) -> bool:
+        """Take one message of the worker; False at end-of-file."""
+        message = wire.receive(self.ward)
+        if message is None:
+            return False
+        if message.kind == wire.INTRODUCE:
+            self.worker_pid, self.worker = message.a, message.fds[0]
+        elif message.kind == wire.KEEP:
+            self.drop(message.region)
+            self.regions[message.region] = message.fds[0]
+        elif message.kind == wire.DROP:
+            self.drop(message.region)
+        elif message.kind == wire.PROGRESS:
+            self.strikes = 0
+        elif message.kind == wire.GOODBYE:
+            self.finished = True
+        return True
+
+    def drop(self, region: int) -> None:
+        """Forget a region that was closed."""
+        fd = self.regions.pop(region, -1)
+        if fd >= 0:
+            os.close(fd)
+
+    def bury(self) -> None:
+        """Forget the dead worker, and see whether anyone still needs another."""
+        if self.worker >= 0:
+            os.close(self.worker)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.worker_pid, os.WNOHANG)
+        self.worker = -1
+        self.ward.close()
+        if not process.pidfd_alive(self.will["application"]):
+            self.finished = True
+
+    def replace_worker(self) -> None:
+        """Start another worker, or give up."""
+        if time.monotonic() - self.born > STEADY_S:
+            self.strikes = 0
+        if self.strikes >= MAX_STRIKES:
+            self.give_up()
+            return
+        if self.strikes:
+            time.sleep(PAUSE_S * 2**self.strikes)  # back-off, not synchronisation
+        self.strikes += 1
+        self.born = time.monotonic()
+        self.ward, theirs = wire.pair()
+        will = self.will | {"ward": theirs.fileno(), "regions": list(self.regions.items()), "strikes": self.strikes}
+        with contextlib.suppress(OSError):  # could not be started: counts as one that died
+            spawn.start_successor(spawn.WORKER, will)
+        theirs.close()
+        self.introduce()
+
+    def give_up(self) -> None:
+        """Fail every region loudly, say so, and hold the lifeline until the application ends."""
+        uffd = Userfaultfd(self.will["uffd"])
+        for fd in self.regions.values():
+            words = memoryview(os.pread(fd, PAGE_SIZE, os.fstat(fd).st_size - PAGE_SIZE)).cast("Q")
+            poison.poison(uffd, words[ledger.W_ADDRESS], -(-words[ledger.W_SIZE] // PAGE_SIZE) * PAGE_SIZE)
+        with contextlib.suppress(OSError):
+            reason = f"{self.strikes} workers in a row died before they had filled a block".encode()
+            wire.send(self.control, wire.Message(wire.LOST, text=reason), socket.MSG_DONTWAIT)
+        poll = select.poll()
+        poll.register(self.will["application"], select.POLLIN)
+        poll.poll()
+        self.finished = True
+
+
+def run(will: Will) -> None:
+    """The supervisor's life."""
+    Supervisor(will).run()

@@ -1,0 +1,108 @@
+"""What the application, the supervisor and the worker say to each other, and how descriptors travel.
+
+Every socket here is one half of an unnamed `SOCK_SEQPACKET` pair: a message is one packet, its descriptors come with
+it or not at all (unix(7), SCM_RIGHTS), and there is no path that anyone else could connect to.
+
+A message is a fixed head of 40 bytes and, for a few kinds, some text behind it.  Requests carry an id that the answer
+repeats.  All of them may be sent twice: when a worker dies the application sends again whatever is unanswered, so
+each request means "make it so", never "do it once more".
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+HEAD = struct.Struct("=BBHIQQQQ")
+MAX_MESSAGE = 32 << 10
+MAX_FDS = 2
+
+# Requests of the application.
+OPEN, CLOSE, ENSURE, EVICT, RETRY, SYNC, BYE = range(1, 8)
+# Answers and news of the pager.
+OK, FAILED, HELLO, LOST = range(16, 20)
+# Between supervisor and worker.
+INTRODUCE, KEEP, DROP, PROGRESS, GOODBYE = range(32, 37)
+
+# Flags of ENSURE.
+WRITE, NO_ANSWER = 1, 2
+
+
+class Message:
+    """One packet: `kind`, `flags`, an `id`, three numbers whose meaning depends on the kind, `text`, `fds`.
+
+    Requests: `region` is the region's id, `a` and `b` an offset and a length in blocks.
+    """
+
+    __slots__ = ("a", "b", "fds", "flags", "id", "kind", "region", "text")
+
+    def __init__(
+        self,
+        kind: int,
+        id: int = 0,  # noqa: A002  # the word of every RPC
+        region: int = 0,
+        a: int = 0,
+        b: int = 0,
+        *,
+        flags: int = 0,
+        text: bytes = b"",
+        fds: tuple[int, ...] = (),
+    ) -> None:
+        self.kind = kind
+        self.id = id
+        self.region = region
+        self.a = a
+        self.b = b
+        self.flags = flags
+        self.text = text
+        self.fds = fds
+
+    def encode(self) -> bytes:
+        """Return the packet without its descriptors."""
+        return HEAD.pack(self.kind, self.flags, 0, 0, self.id, self.region, self.a, self.b) + self.text
+
+    def __repr__(self) -> str:
+        return f"Message(kind={self.kind}, id={self.id}, region={self.region}, a={self.a}, b={self.b})"
+
+
+def decode(data: bytes, fds: tuple[int, ...] = ()) -> Message:
+    """Parse a packet.
+
+    Raises:
+        ValueError: if it is shorter than a head.
+    """
+    if len(data) < HEAD.size:
+        raise ValueError(f"a packet of {len(data)} bytes is no message")
+    kind, flags, _, _, id_, region, a, b = HEAD.unpack_from(data)
+    return Message(kind, id_, region, a, b, flags=flags, text=data[HEAD.size :], fds=fds)
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return a private, close-on-exec socket pair that keeps packets whole."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(sock: socket.socket, message: Message, flags: int = 0) -> None:
+    """Send one message with its descriptors.
+
+    Raises:
+        OSError: as sendmsg(2); BlockingIOError with MSG_DONTWAIT if the peer does not read.
+    """
+    data = message.encode()
+    if message.fds:
+        socket.send_fds(sock, [data], list(message.fds), flags | socket.MSG_NOSIGNAL)
+    else:
+        sock.send(data, flags | socket.MSG_NOSIGNAL)
+
+
+def receive(sock: socket.socket, flags: int = 0) -> Message | None:
+    """Receive one message; None at end-of-file. Descriptors arrive close-on-exec.
+
+    Raises:
+        OSError: as recvmsg(2); BlockingIOError with MSG_DONTWAIT if nothing is there.
+    """
+    try:
+        data, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE, MAX_FDS, flags | socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        return None
+    return decode(data, tuple(fds)) if data else None

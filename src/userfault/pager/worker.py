@@ -1,0 +1,57 @@
+"""The worker: the process that fills blocks.
+
+Two threads run for as long as it lives: the fault loop (the main thread, so that placement moves just it) and the
+control thread.  Readers come and go.  It begins by taking over whatever its will names: for the first worker nothing,
+for a later one every region, from the ledgers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from threading import Thread
+
+from userfault.kernel.userfaultfd import Userfaultfd
+from userfault.pager.control import Control
+from userfault.pager.faults import FaultLoop
+from userfault.pager.placement import Placement
+from userfault.pager.served import Served
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from userfault.pager.spawn import Will
+
+SWITCH_INTERVAL_S = 0.0002
+"""How long a reader's Python code may keep the fault loop from running (CPython's default is 5 ms)."""
+
+
+def run(will: Will) -> None:
+    """The worker's life."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    uffd = Userfaultfd(will["uffd"], features=will["features"])
+    loop = FaultLoop(uffd, Placement(will["pid"]))
+    control = Control(will, uffd, loop)
+    control.introduce()
+    for _, fd in will["regions"]:
+        take_over(fd, uffd, control)
+    Thread(target=live, args=(control,), name="control", daemon=True).start()
+    loop.run()
+
+
+def take_over(fd: int, uffd: Userfaultfd, control: Control) -> None:
+    """Serve a region that a dead worker served."""
+    region = Served(fd, uffd)
+    region.recover()
+    control.adopt(region)
+
+
+def live(control: Control) -> None:
+    """Run the control thread; its end is the process's."""
+    code = 1
+    try:
+        control.run()
+        code = 0
+    except BaseException as error:  # noqa: BLE001  # die visibly: the supervisor starts another worker
+        sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        os._exit(code)

@@ -1,0 +1,366 @@
+"""Region: memory with a store behind it.
+
+This is the public face of blocks and pager; it has no thread and no policy of its own.  It checks what a user passes
+in, before anything is changed, and then either writes a pin or sends a request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from threading import Lock
+
+from userfault.blocks import geometry as units
+from userfault.blocks.geometry import Geometry
+from userfault.blocks.pins import Pins
+from userfault.errors import PagerLostError, RegionClosedError
+from userfault.kernel import process
+from userfault.pager import wire
+from userfault.pager.client import Pager, default_pager
+from userfault.pager.mapping import MODES, Mapping, new_mapping
+from userfault.pager.recipe import Recipe
+from userfault.pager.wire import Message
+from userfault.stats import RegionStats, read_stats
+from userfault.stores import Store
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+    from typing import Self
+
+UNLIMITED_BLOCKS = 1 << 62
+
+
+class Region:
+    """Memory whose pages come from a store at the first touch.
+
+    Args:
+        store: Where the bytes live. It travels to the pager by pickle.
+        mode: As `numpy.memmap`: `"r"` read only; `"c"` copy on write: changes stay in memory and never reach the store.
+        block_size: What is brought in at once, in bytes or as text: a power of two from one page to 2 MiB.
+        budget: The most bytes to keep in memory; the oldest clean blocks are dropped beyond it. None: half of what is
+            available now (the machine's and the cgroup's, the smaller). `math.inf`: no limit.
+        pager: The pager to answer the faults; None: the default one of this process.
+
+    Threads may share a region.  A forked child does not inherit the memory: a touch there is a SIGSEGV, and methods raise
+    `RegionClosedError`.  If the store cannot give a block, a touch of it is a SIGBUS; `ensure` raises instead.
+
+    Raises:
+        TypeError, ValueError: naming the argument and the remedy.
+        StoreError: if the store does not pickle, or the pager cannot open it.
+        UnsupportedError: if the kernel or this process's rights do not suffice.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        mode: str = "r",
+        block_size: int | str = units.DEFAULT_BLOCK_SIZE,
+        budget: int | str | float | None = None,
+        pager: Pager | None = None,
+    ) -> None:
+        self._closed = True  # until it is open
+        self._warns = True
+        self._lock = Lock()
+        self._store = _check_store(store)
+        self._mode = _check_mode(mode)
+        self._geometry = Geometry(store.size, units.check_block_size(block_size))
+        self._budget = self._choose_budget(budget)
+        recipe = Recipe(store)
+        self._pager = _check_pager(pager)
+        self._link = self._pager.link
+        self._link.check()
+        self._map = self._open(recipe)
+        self._pins = Pins(self._map.ledger)
+        self._pid = os.getpid()
+        self._closed = False
+
+    def _choose_budget(self, budget: int | str | float | None) -> int | None:
+        block_size = self._geometry.block_size
+        if budget is None:
+            return max(process.memory_available() // 2, block_size)
+        return units.check_budget(budget, block_size)
+
+    def _open(self, recipe: Recipe) -> Mapping:
+        """Map the memory and have the pager take it on; leave nothing behind if that fails."""
+        mapping = new_mapping(self._geometry.size, self._mode)
+        identity = self._link.next_id()
+        fd = mapping.begin(self._pager, identity, self._geometry, self._mode, self._budget, recipe)
+        self._link.opened()
+        try:
+            self._link.request(Message(wire.OPEN, region=identity, fds=(fd,)))
+        except BaseException:
+            self._forsake(mapping)
+            raise
+        finally:
+            os.close(fd)
+        return mapping
+
+    def _forsake(self, mapping: Mapping) -> None:
+        with contextlib.suppress(PagerLostError):
+            self._link.request(Message(wire.CLOSE, region=mapping.identity))
+        mapping.finish()
+        self._link.closed()
+
+    # -- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> memoryview:
+        """A view of the whole region, bytes; read-only in mode `r`. While it lives, the region cannot be closed."""
+        self._check()
+        return memoryview(self._map)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the region: the store's size."""
+        return self._geometry.size
+
+    @property
+    def address(self) -> int:
+        """Where it begins in this process's memory."""
+        self._check()
+        return self._map.address
+
+    @property
+    def block_size(self) -> int:
+        """Bytes brought in at once."""
+        return self._geometry.block_size
+
+    @property
+    def mode(self) -> str:
+        """`"r"` or `"c"`."""
+        return self._mode
+
+    @property
+    def budget(self) -> int | None:
+        """The most bytes to keep in memory; None: no limit."""
+        return self._budget
+
+    @property
+    def store(self) -> Store:
+        """The store, as it was passed in; the pager has one of its own."""
+        return self._store
+
+    @property
+    def pager(self) -> Pager:
+        """The pager that answers its faults."""
+        return self._pager
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or belongs to the process that this one was forked from."""
+        return self._closed or self._pid != os.getpid()
+
+    # -- bringing in and dropping -------------------------------------------------------------------------------------
+
+    def ensure(self, offset: int = 0, length: int | None = None, write: bool = False) -> None:
+        """Bring a range into memory; it is there when this returns. Rounded outward to blocks.
+
+        Use it where a touch could only raise a signal: errors of the store come as an exception. The blocks may be
+        evicted again later; `pinned` keeps them.
+
+        Args:
+            offset: Bytes from the start.
+            length: Bytes; None: to the end.
+            write: Give write access too (mode `c`): the blocks become private.
+
+        Raises:
+            StoreError: if the store cannot give a block; names store, offset and cause.
+            ValueError: if the range is not inside the region, or larger than the budget; or `write` in mode `r`.
+            PagerLostError, RegionClosedError: if there is nobody to ask.
+        """
+        with self.pinned(offset, length, write):
+            pass
+
+    @contextlib.contextmanager
+    def pinned(self, offset: int = 0, length: int | None = None, write: bool = False) -> Iterator[memoryview]:
+        """Like `ensure`, and the range stays in memory inside the `with` block, whose value is a view of it.
+
+        Threads and nesting are fine: a block can be pinned 255 times at once. For system calls without privilege, and
+        for devices that hold on to pages (`O_DIRECT`, registered io_uring buffers).
+
+        Raises:
+            As `ensure`; ValueError also if more would be pinned at once than the budget holds.
+        """
+        first, stop, start, end = self._blocks(offset, length, write)
+        most = UNLIMITED_BLOCKS if self._budget is None else self._budget // self.block_size
+        if stop - first > most:
+            raise ValueError(
+                f"{end - start} bytes are more than the budget of {self._budget} bytes holds at once; "
+                "ask for less, or open the region with a larger budget="
+            )
+        self._pins.add(first, stop, most)
+        try:
+            self._link.request(Message(wire.ENSURE, 0, self._map.identity, first, stop, flags=wire.WRITE if write else 0))
+            with memoryview(self._map) as whole, whole[start:end] as view:
+                yield view
+        finally:
+            self._pins.remove(first, stop)
+
+    def prefetch(self, offset: int = 0, length: int | None = None, wait: bool = False) -> None:
+        """Begin to bring a range in, at most as much as the budget holds. Rounded outward to blocks.
+
+        Args:
+            offset: Bytes from the start.
+            length: Bytes; None: to the end.
+            wait: Return only when it is done, and raise if it failed.
+
+        Raises:
+            StoreError: with `wait`, as `ensure`.
+            ValueError: if the range is not inside the region.
+            PagerLostError, RegionClosedError: if there is nobody to ask.
+        """
+        first, stop, _, _ = self._blocks(offset, length, write=False)
+        if self._budget is not None:
+            stop = min(stop, first + self._budget // self.block_size)
+        message = Message(wire.ENSURE, 0, self._map.identity, first, stop, flags=0 if wait else wire.NO_ANSWER)
+        if wait:
+            self._link.request(message)
+        else:
+            self._link.check()
+            self._link.tell(message)
+
+    def evict(self, offset: int = 0, length: int | None = None) -> int:
+        """Drop the blocks that lie wholly inside a range from memory; the next touch brings them in again.
+
+        Private and pinned blocks stay.
+
+        Returns:
+            Bytes dropped.
+
+        Raises:
+            ValueError: if the range is not inside the region.
+            PagerLostError, RegionClosedError: if there is nobody to ask.
+        """
+        self._check()
+        first, stop = self._geometry.inward(*self._geometry.check_range(offset, length))
+        return self._link.request(Message(wire.EVICT, 0, self._map.identity, first, stop)).a
+
+    def retry(self, offset: int = 0, length: int | None = None) -> None:
+        """Bring a range in, asking the store once more for blocks that failed. Rounded outward to blocks.
+
+        Raises:
+            StoreError: if a block fails again.
+            ValueError, PagerLostError, RegionClosedError: as `ensure`.
+        """
+        first, stop, _, _ = self._blocks(offset, length, write=False)
+        self._link.request(Message(wire.RETRY, 0, self._map.identity, first, stop))
+
+    def flush(self) -> None:
+        """Write changes back: there are none, since mode `r` makes none and mode `c` keeps its own.
+
+        Raises:
+            RegionClosedError: if it is closed.
+        """
+        self._check()
+
+    def _blocks(self, offset: int, length: int | None, write: bool) -> tuple[int, int, int, int]:
+        self._check()
+        if write and self._mode == "r":
+            raise ValueError("write access to a region of mode 'r'; open it with mode='c'")
+        start, end = self._geometry.check_range(offset, length)
+        return *self._geometry.outward(start, end), start, end
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> RegionStats:
+        """Return the counters; exact if the pager lives, else as it last wrote them down.
+
+        Raises:
+            RegionClosedError: if it is closed.
+        """
+        self._check()
+        with contextlib.suppress(PagerLostError):
+            self._link.request(Message(wire.SYNC, 0, self._map.identity))
+        return read_stats(self._map.ledger, self._pins.blocks)
+
+    def residency(self) -> bytes:
+        """Return a snapshot of the block states: one `BlockState` per block. Asks nobody.
+
+        Raises:
+            RegionClosedError: if it is closed.
+        """
+        self._check()
+        return bytes(self._map.ledger.states)
+
+    # -- the end --------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Take the memory away; closing twice is fine.
+
+        Raises:
+            BufferError: if a view of the memory is alive; nothing is changed then.
+        """
+        with self._lock:
+            if self.closed:
+                return
+            if self._map.exported():
+                raise BufferError("a view of the region's memory is alive; delete it, or release() the memoryview, first")
+            self._end()
+            self._map.close()
+
+    def _end(self) -> None:
+        self._closed = True
+        self._forsake(self._map)
+
+    def revoke(self) -> None:
+        """Take the memory away, also from views that are alive: to touch one is a SIGSEGV from then on.
+
+        Their addresses stay reserved until the last of them is gone. Twice is fine.
+        """
+        with self._lock:
+            if not self.closed:
+                self._end()
+
+    def owned_by_views(self) -> None:
+        """Let the region end with its last view, as `numpy.memmap` does; to forget it is then no mistake."""
+        self._warns = False
+
+    def _check(self) -> None:
+        if self._closed:
+            raise RegionClosedError("the region is closed")
+        if self._pid != os.getpid():
+            raise RegionClosedError(f"the region belongs to process {self._pid}, from which this one was forked; open it here")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True) and self._pid == os.getpid() and self._warns:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"at {self._map.address:#x}"
+        return f"<userfault.Region {self._store.describe()} mode={self._mode!r} {self.size} bytes {state}>"
+
+
+def _check_store(store: object) -> Store:
+    if not isinstance(store, Store):
+        raise TypeError(f"store must be a userfault.stores.Store, not {type(store).__name__}; for a path use FileStore(path)")
+    if store.size <= 0:
+        raise ValueError(f"{store.describe()} has {store.size} bytes; a region needs at least one")
+    return store
+
+
+def _check_mode(mode: object) -> str:
+    if mode == "r+":
+        raise ValueError("mode 'r+' would write back, which no store can do yet; 'c' keeps changes in memory")
+    if mode not in MODES:
+        raise ValueError(f"mode must be 'r' or 'c', got {mode!r}")
+    return str(mode)
+
+
+def _check_pager(pager: object) -> Pager:
+    if pager is None:
+        return default_pager()
+    if not isinstance(pager, Pager):
+        raise TypeError(f"pager must be a userfault.Pager, not {type(pager).__name__}")
+    return pager

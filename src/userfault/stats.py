@@ -1,0 +1,100 @@
+"""What a region has done so far, as `Region.stats()` reports it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from userfault.blocks import ledger as book
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from userfault.blocks.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """How long faults took, from the pager's reading of the message until the thread was let go.
+
+    `buckets` are `(upper bound in nanoseconds, faults)`, four an octave, empty ones left out; the last bound holds
+    everything above it too.  What the kernel needs to stop and to wake the thread is not in it.
+    """
+
+    buckets: tuple[tuple[int, int], ...]
+
+    @property
+    def count(self) -> int:
+        """How many faults there were."""
+        return sum(count for _, count in self.buckets)
+
+    def percentile(self, percent: float) -> float:
+        """Return the latency in seconds that `percent` of the faults did not exceed; 0.0 if there were none.
+
+        Raises:
+            ValueError: if `percent` is not between 0 and 100.
+        """
+        if not 0 <= percent <= 100:
+            raise ValueError(f"percent must be between 0 and 100, got {percent!r}")
+        wanted, seen = self.count * percent / 100, 0
+        for bound, count in self.buckets:
+            seen += count
+            if seen >= wanted:
+                return bound / 1e9
+        return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RegionStats:
+    """Counters of one region since it was opened, and its state now. Sizes are in bytes.
+
+    A worker that is killed takes at most half a second of counts with it.
+    """
+
+    faults: int
+    """Faults that were answered: blocks brought in for a touch, and first writes in mode `c`."""
+    blocks_filled: int
+    """Blocks brought in, by touch or by request."""
+    bytes_read: int
+    bytes_written: int
+    """Always 0 in the modes `r` and `c`, which never write back."""
+    resident_bytes: int
+    dirty_bytes: int
+    """Always 0 in the modes `r` and `c`."""
+    private_bytes: int
+    """Changed in mode `c`."""
+    pinned_bytes: int
+    evictions: int
+    """Blocks dropped from memory."""
+    failures: int
+    """Blocks that the store could not give."""
+    duplicates: int
+    """Messages about a block that was on its way already."""
+    latency: Latency
+    placement: str
+    """`"following"` while the pager's fault loop is held on the core of the thread that faults, else `"free"`."""
+    worker_cpu: int | None
+    """That core; None while it is free."""
+
+
+def read_stats(ledger: Ledger, pinned_blocks: int) -> RegionStats:
+    """Read a region's counters from its ledger."""
+    words = ledger.words
+    cpu = words[book.CPU]
+    following = cpu < 1 << 16
+    size, block_size = ledger.geometry.size, ledger.geometry.block_size
+    counts = words[book.HISTOGRAM : book.HISTOGRAM + book.BUCKETS].tolist()
+    return RegionStats(
+        faults=words[book.FAULTS],
+        blocks_filled=words[book.FILLED],
+        bytes_read=words[book.BYTES_READ],
+        bytes_written=0,
+        resident_bytes=min(words[book.RESIDENT], size),
+        dirty_bytes=0,
+        private_bytes=min(words[book.PRIVATE], size),
+        pinned_bytes=min(pinned_blocks * block_size, size),
+        evictions=words[book.EVICTIONS],
+        failures=words[book.FAILURES],
+        duplicates=words[book.DUPLICATES],
+        latency=Latency(tuple((bound, n) for bound, n in zip(book.BOUNDS, counts, strict=True) if n)),
+        placement="following" if following else "free",
+        worker_cpu=cpu if following else None,
+    )

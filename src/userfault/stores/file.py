@@ -1,0 +1,281 @@
+"""A store over a file, or a part of one.
+
+Hot bytes, those in the page cache, are copied by the kernel straight from a mapping of the file; cold ones
+are read by a thread of their own. Telling them apart happens once for each fault, so it is a look into a
+table (``belief``), filled by asking the kernel now and then (``page_cache``).
+
+The mapping is only ever read by system calls that answer EFAULT when the file has shrunk. ``read_into`` reads
+the descriptor, since a thread that reads such a mapping itself dies by SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+from errno import EISDIR
+from operator import index
+from stat import S_ISDIR, S_ISREG
+from time import monotonic
+
+from userfault.errors import KernelError, StoreError
+from userfault.kernel import memory
+from userfault.kernel.abi import MAP_NORESERVE
+
+from . import page_cache
+from .base import Store, check_range
+from .belief import CHUNK, CHUNK_SHIFT, Belief
+from .descriptors import FileChangedError, OpenFile, difference, forget, identify, open_file
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from .descriptors import Identity
+
+    State = tuple[str, int, int, Identity]
+
+__all__ = ["CHECK_S", "FileStore"]
+
+CHECK_S = 0.05
+"""How often the file's identity is checked, at most, while its bytes come from the page cache."""
+
+
+class FileStore(Store):
+    """A file, or a part of one, for reading.
+
+    It is opened in whichever process uses it, and holds no descriptor of its own: thousands of them live well
+    under the usual limit. It travels by recipe (absolute path, range, identity), so the pager must be able to
+    open the same path.
+
+    The file's **identity** (device, inode, size, time of modification) is taken here. A file that is
+    replaced, written to, truncated or removed later is a ``StoreError`` from then on, never a mixture of old
+    and new bytes: checked after every cold read, and every 50 ms at most while the bytes come from the page
+    cache.
+
+    Any thread may call ``read_into``. After a fork, parent and child may both go on.
+
+    Args:
+        path: The file.
+        offset: First byte of the part.
+        size: Bytes of the part; by default all from ``offset`` to the end.
+        writable: Writing back is not available yet.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        IsADirectoryError: The path is a directory.
+        PermissionError: It may not be read.
+        TypeError: ``offset`` or ``size`` is not an integer.
+        ValueError: Not a regular file, an empty one or an empty part, a part that is not inside the file, or
+            ``writable=True``.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], offset: int = 0, size: int | None = None, writable: bool = False
+    ) -> None:
+        if writable:
+            raise ValueError("writable=True: writing back to files is not available yet; leave it out")
+        path = os.path.abspath(os.fsdecode(path))
+        identity = _examine(path)
+        offset, size = _check_part(path, offset, size, identity[2])
+        self.__setstate__((path, offset, size, identity))
+
+    def __getstate__(self) -> State:
+        return self._path, self._offset, self.size, self._identity
+
+    def __setstate__(self, state: State) -> None:
+        self._path, self._offset, self.size, self._identity = state
+        self._mapping = self._mapping_length = 0
+        self._base = 0  # address of the store's first byte
+        self._believed: dict[int, float] = {}  # by chunk: until when locate() need not look again
+        self._belief = Belief()
+        self._checked_until = 0.0
+        self._mode: int | None = None
+        self._was_cold = True
+
+    # -- reading, however long it takes ----------------------------------------------------------------------
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Read from the file; see ``Store.read_into``.
+
+        Raises:
+            StoreError: The file is gone, has changed, or cannot be read.
+            ValueError: The range is not in the store.
+        """
+        length = buffer.nbytes
+        check_range(self, offset, length)
+        try:
+            file = open_file(self._path, self._identity)
+            self._fill(file, offset, buffer)
+            self._check()
+        except FileChangedError as error:
+            raise self._failure("the file has changed beneath us", offset, length, error) from None
+        except OSError as error:
+            raise self._failure("the file cannot be read", offset, length, error) from error
+
+    def _fill(self, file: OpenFile, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < buffer.nbytes:
+            got = os.preadv(file.fd, (buffer[done:],), self._offset + offset + done)
+            if not got:
+                raise FileChangedError(f"it ends after {self._offset + offset + done} bytes")
+            done += got
+
+    def _check(self) -> None:
+        """Raise unless the path still means the file, unchanged. After a read, this vouches for its bytes."""
+        if text := difference(self._identity, identify(os.stat(self._path))):
+            raise FileChangedError(text)
+
+    def _failure(self, message: str, offset: int, length: int, cause: Exception) -> StoreError:
+        return StoreError(message, store=self.describe(), offset=offset, length=length, cause=str(cause))
+
+    # -- reading without waiting -----------------------------------------------------------------------------
+
+    def locate(self, offset: int, length: int) -> int:
+        """Return the address of a hot block in a mapping of the file, else 0; see ``Store.locate``."""
+        if monotonic() < self._believed.get(offset >> CHUNK_SHIFT, 0.0):
+            return self._base + offset
+        return self._base + offset if self._look(offset >> CHUNK_SHIFT, length) else 0
+
+    def _look(self, chunk: int, length: int) -> bool:
+        """Tell whether a chunk is hot, when the table does not know; and put it there."""
+        now = monotonic()
+        if not self._is_unchanged(now):
+            return False
+        if now >= self._belief.until(chunk):
+            if not self._belief.is_due(chunk, length):
+                return False
+            hot = self._is_hot(chunk)
+            self._belief.learn(chunk, now, hot=hot)
+            if not hot:
+                return False
+        self._believed[chunk] = min(self._belief.until(chunk), self._checked_until)
+        return True
+
+    def _is_hot(self, chunk: int) -> bool:
+        """Ask the kernel whether all of a chunk is in the page cache; if so, see to it that it is mapped."""
+        start = chunk << CHUNK_SHIFT
+        end = min(start + CHUNK, self.size)
+        file = self._file()
+        if start >= end or file is None or self._mode == page_cache.CANNOT:
+            return False
+        if not page_cache.cached(file.fd, self._offset + start, end - start):
+            return False
+        # Pages that are being read count as cached. Reading ahead goes forward, so the last one tells.
+        if self._mode and page_cache.try_read(file.fd, bytearray(1), self._offset + end - 1, self._mode) <= 0:
+            return False
+        return bool(self._mapping or self._map(file))
+
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        """Read a block that is in the page cache; see ``Store.read_now``."""
+        file = self._file() if self._is_unchanged(monotonic()) else None
+        mode = self._mode
+        if file is None or mode is None or mode == page_cache.CANNOT:
+            return False
+        start, length = self._offset + offset, buffer.nbytes
+        if self._was_cold or not mode:
+            # Trying to read what is cold would begin to read it, here in the fault loop: better ask.
+            answer = page_cache.cached(file.fd, start, length)
+            if not answer and not (answer is None and mode):
+                return False
+        self._was_cold = page_cache.try_read(file.fd, buffer, start, mode) != length
+        return not self._was_cold
+
+    def _is_unchanged(self, now: float) -> bool:
+        """Tell whether the file is what it was, CHECK_S ago at most."""
+        if now < self._checked_until:
+            return True
+        self._believed.clear()
+        try:
+            self._check()
+        except (OSError, FileChangedError):
+            self._checked_until = 0.0
+            return False
+        self._checked_until = now + CHECK_S
+        return True
+
+    def _file(self) -> OpenFile | None:
+        """Return the open file; ``None`` if it cannot be had: ``read_into`` will say why."""
+        try:
+            file = open_file(self._path, self._identity)
+        except (OSError, FileChangedError):
+            return None
+        if self._mode is None:
+            self._mode = page_cache.reading_mode(file.fd)
+        return file
+
+    def _map(self, file: OpenFile) -> bool:
+        """Map the part of the file: address space only, however large it is."""
+        skipped = self._offset % memory.PAGE_SIZE
+        length = skipped + self.size
+        flags = memory.MAP_PRIVATE | MAP_NORESERVE
+        try:
+            address = memory.map_memory(
+                length, fd=file.fd, offset=self._offset - skipped, prot=memory.PROT_READ, flags=flags
+            )
+        except KernelError:  # a file system that cannot, or no address space left: then nothing is ever hot
+            self._mode = page_cache.CANNOT
+            return False
+        self._mapping, self._mapping_length, self._base = address, length, address + skipped
+        return True
+
+    # -- the rest --------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give back the mapping and the descriptor; a later read opens the file again.
+
+        Addresses from ``locate`` are dead afterwards.
+        """
+        self._believed.clear()
+        self._belief.clear()
+        mapping, self._mapping, self._base = self._mapping, 0, 0
+        if mapping:
+            memory.unmap(mapping, self._mapping_length)
+        forget(self._path, self._identity)
+
+    def __del__(self) -> None:
+        if "_mode" in self.__dict__:  # else the constructor has raised
+            self.close()
+
+    def identity(self) -> Hashable:
+        """Return the file's identity and the part."""
+        return self._identity, self._offset, self.size
+
+    def describe(self) -> str:
+        """Return the path, and the part if it is not the whole."""
+        whole = not self._offset and self.size == self._identity[2]
+        part = "" if whole else f", offset={self._offset}, size={self.size}"
+        return f"FileStore({self._path!r}{part})"
+
+    def __eq__(self, other: object) -> bool:
+        return self.__getstate__() == other.__getstate__() if isinstance(other, FileStore) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.__getstate__())
+
+
+def _examine(path: str) -> Identity:
+    """Open a path once, to see that it can be read, and return its identity."""
+    file = OpenFile(path)
+    status = os.fstat(file.fd)
+    if S_ISDIR(status.st_mode):
+        raise IsADirectoryError(EISDIR, os.strerror(EISDIR), path)
+    if not S_ISREG(status.st_mode):
+        raise ValueError(f"{path!r} is not a regular file: a store needs a file of a known, fixed size")
+    return identify(status)
+
+
+def _check_part(path: str, offset: int, size: int | None, whole: int) -> tuple[int, int]:
+    """Return offset and size of a part of a file of ``whole`` bytes."""
+    if not whole:
+        raise ValueError(f"{path!r} is empty: a region needs at least one byte")
+    offset = index(offset)
+    if not 0 <= offset < whole:
+        raise ValueError(f"offset {offset} is not in {path!r}, which has {whole} bytes: use 0 to {whole - 1}")
+    size = whole - offset if size is None else index(size)
+    if size < 1:
+        raise ValueError(f"size {size} is not positive: leave it out for everything from the offset on")
+    if size > whole - offset:
+        raise ValueError(
+            f"size {size} at offset {offset} ends after the end of {path!r}, which has {whole} bytes: "
+            f"use at most {whole - offset}"
+        )
+    return offset, size
