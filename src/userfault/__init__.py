@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         StoreError,
         UnsupportedError,
     )
-    from userfault.kernel import Capabilities, capabilities
+    from userfault.kernel.capabilities import Capabilities, capabilities
     from userfault.pager import Pager, default_pager
     from userfault.region import Region
     from userfault.stats import Latency, RegionStats
@@ -45,7 +45,7 @@ _HOME = {
         "StoreError",
         "UnsupportedError",
     ),
-    "kernel": ("Capabilities", "capabilities"),
+    "kernel.capabilities": ("Capabilities", "capabilities"),
     "pager": ("Pager", "default_pager"),
     "region": ("Region",),
     "stats": ("Latency", "RegionStats"),

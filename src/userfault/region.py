@@ -44,8 +44,8 @@ class Region:
             available now (the machine's and the cgroup's, the smaller). `math.inf`: no limit.
         pager: The pager to answer the faults; None: the default one of this process.
 
-    Threads may share a region.  A forked child does not inherit the memory: a touch there is a SIGSEGV, and methods raise
-    `RegionClosedError`.  If the store cannot give a block, a touch of it is a SIGBUS; `ensure` raises instead.
+    Threads may share a region.  A forked child does not inherit the memory: a touch there is a SIGSEGV, and methods
+    raise `RegionClosedError`.  If the store cannot give a block, a touch of it is a SIGBUS; `ensure` raises instead.
 
     Raises:
         TypeError, ValueError: naming the argument and the remedy.
@@ -58,7 +58,7 @@ class Region:
         store: Store,
         mode: str = "r",
         block_size: int | str = units.DEFAULT_BLOCK_SIZE,
-        budget: int | str | float | None = None,
+        budget: str | float | None = None,
         pager: Pager | None = None,
     ) -> None:
         self._closed = True  # until it is open
@@ -77,7 +77,7 @@ class Region:
         self._pid = os.getpid()
         self._closed = False
 
-    def _choose_budget(self, budget: int | str | float | None) -> int | None:
+    def _choose_budget(self, budget: str | float | None) -> int | None:
         block_size = self._geometry.block_size
         if budget is None:
             return max(process.memory_available() // 2, block_size)
@@ -87,8 +87,12 @@ class Region:
         """Map the memory and have the pager take it on; leave nothing behind if that fails."""
         mapping = new_mapping(self._geometry.size, self._mode)
         identity = self._link.next_id()
-        fd = mapping.begin(self._pager, identity, self._geometry, self._mode, self._budget, recipe)
         self._link.opened()
+        try:
+            fd = mapping.begin(self._pager, identity, self._geometry, self._mode, self._budget, recipe)
+        except BaseException:
+            self._link.closed()
+            raise
         try:
             self._link.request(Message(wire.OPEN, region=identity, fds=(fd,)))
         except BaseException:
@@ -104,7 +108,7 @@ class Region:
         mapping.finish()
         self._link.closed()
 
-    # -- what it is -------------------------------------------------------------------------------------------------
+    # -- what it is ------------------------------------------------------------------------------------------
 
     @property
     def memory(self) -> memoryview:
@@ -153,7 +157,7 @@ class Region:
         """Whether it was closed, or belongs to the process that this one was forked from."""
         return self._closed or self._pid != os.getpid()
 
-    # -- bringing in and dropping -------------------------------------------------------------------------------------
+    # -- bringing in and dropping ----------------------------------------------------------------------------
 
     def ensure(self, offset: int = 0, length: int | None = None, write: bool = False) -> None:
         """Bring a range into memory; it is there when this returns. Rounded outward to blocks.
@@ -193,11 +197,14 @@ class Region:
             )
         self._pins.add(first, stop, most)
         try:
-            self._link.request(Message(wire.ENSURE, 0, self._map.identity, first, stop, flags=wire.WRITE if write else 0))
+            self._link.request(
+                Message(wire.ENSURE, 0, self._map.identity, first, stop, flags=wire.WRITE if write else 0)
+            )
             with memoryview(self._map) as whole, whole[start:end] as view:
                 yield view
         finally:
-            self._pins.remove(first, stop)
+            if self._pid == os.getpid():  # not in a child that was forked in here
+                self._pins.remove(first, stop)
 
     def prefetch(self, offset: int = 0, length: int | None = None, wait: bool = False) -> None:
         """Begin to bring a range in, at most as much as the budget holds. Rounded outward to blocks.
@@ -263,7 +270,7 @@ class Region:
         start, end = self._geometry.check_range(offset, length)
         return *self._geometry.outward(start, end), start, end
 
-    # -- looking ------------------------------------------------------------------------------------------------------
+    # -- looking ---------------------------------------------------------------------------------------------
 
     def stats(self) -> RegionStats:
         """Return the counters; exact if the pager lives, else as it last wrote them down.
@@ -285,7 +292,7 @@ class Region:
         self._check()
         return bytes(self._map.ledger.states)
 
-    # -- the end --------------------------------------------------------------------------------------------------------
+    # -- the end ---------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Take the memory away; closing twice is fine.
@@ -297,7 +304,9 @@ class Region:
             if self.closed:
                 return
             if self._map.exported():
-                raise BufferError("a view of the region's memory is alive; delete it, or release() the memoryview, first")
+                raise BufferError(
+                    "a view of the region's memory is alive; delete it, or release() the memoryview, first"
+                )
             self._end()
             self._map.close()
 
@@ -322,12 +331,16 @@ class Region:
         if self._closed:
             raise RegionClosedError("the region is closed")
         if self._pid != os.getpid():
-            raise RegionClosedError(f"the region belongs to process {self._pid}, from which this one was forked; open it here")
+            raise RegionClosedError(
+                f"the region belongs to process {self._pid}, from which this one was forked; open it here"
+            )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __len__(self) -> int:
@@ -344,7 +357,9 @@ class Region:
 
 def _check_store(store: object) -> Store:
     if not isinstance(store, Store):
-        raise TypeError(f"store must be a userfault.stores.Store, not {type(store).__name__}; for a path use FileStore(path)")
+        raise TypeError(
+            f"store must be a userfault.stores.Store, not {type(store).__name__}; for a path use FileStore(path)"
+        )
     if store.size <= 0:
         raise ValueError(f"{store.describe()} has {store.size} bytes; a region needs at least one")
     return store

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
+
 from userfault.kernel import Userfaultfd, memfd, memory, process
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def start_child() -> Iterator[StartChild]:
 
 
 class Touch:
-    """A thread that copies memory with the GIL released, so that its fault can be served by this interpreter."""
+    """A thread that copies memory with the GIL released: this interpreter can serve its fault."""
 
     def __init__(self, dst: int, src: int, length: int, buffer: bytearray) -> None:
         self._buffer = buffer
@@ -177,7 +178,7 @@ class Arena:
         return fd
 
     def shared(self, fd: int, pages: int, **named: int) -> int:
-        address = memory.map_memory(pages * self.page, fd=fd, **named)  # type: ignore[arg-type]
+        address = memory.map_memory(pages * self.page, fd=fd, **named)
         self._mappings.append((address, pages * self.page))
         return address
 

@@ -24,14 +24,12 @@ from userfault.kernel import (
 )
 
 if TYPE_CHECKING:
-    from conftest import Arena, RunChild, StartChild
+    from tests.conformance.conftest import Arena, RunChild, StartChild
 
 MISSING, WP = RegisterMode.MISSING, RegisterMode.WP
 
 
-
-
-# -- PAGEFAULT --------------------------------------------------------------------------------------------------
+# -- PAGEFAULT -----------------------------------------------------------------------------------------------
 
 
 def test_a_read_and_a_write_of_missing_memory_differ_in_the_write_flag(arena: Arena) -> None:
@@ -118,7 +116,7 @@ def test_a_system_call_that_touches_the_memory_faults_too(arena: Arena) -> None:
         assert reader.read(4) == b"\10" * 4
 
 
-# -- FORK -------------------------------------------------------------------------------------------------------
+# -- FORK ----------------------------------------------------------------------------------------------------
 
 
 def test_fork_hands_over_a_descriptor_for_the_childs_memory(start_child: StartChild, arena: Arena) -> None:
@@ -186,7 +184,7 @@ def test_with_dontfork_a_forked_child_has_no_such_memory(run_child: RunChild) ->
     assert result.stdout == "-11\n"
 
 
-# -- REMAP ------------------------------------------------------------------------------------------------------
+# -- REMAP ---------------------------------------------------------------------------------------------------
 
 
 def test_remap_tells_both_places_and_the_memory_stays_registered(arena: Arena) -> None:
@@ -223,7 +221,7 @@ def test_without_the_feature_moved_memory_is_registered_no_more(arena: Arena) ->
     assert arena.read(target).result() == bytes(8)
 
 
-# -- REMOVE, UNMAP ----------------------------------------------------------------------------------------------
+# -- REMOVE, UNMAP -------------------------------------------------------------------------------------------
 
 
 def test_dropping_memory_is_told_before_it_happens(arena: Arena) -> None:
@@ -307,7 +305,7 @@ def test_a_wait_for_an_event_ends_when_the_descriptor_is_closed(arena: Arena) ->
     dropping.result()
 
 
-# -- what happens to waiting threads ----------------------------------------------------------------------------
+# -- what happens to waiting threads -------------------------------------------------------------------------
 
 
 def test_closing_the_last_descriptor_lets_the_thread_read_zeros(arena: Arena) -> None:
@@ -335,6 +333,26 @@ def test_a_kept_duplicate_keeps_the_thread_waiting_and_serves_it(arena: Arena) -
     kept.copy(page, arena.source(3), arena.page)
 
     assert touch.result() == b"\3" * 8
+
+
+def test_a_touch_that_holds_the_gil_is_never_served_by_its_own_interpreter(run_child: RunChild) -> None:
+    # The trap that makes the pager another process; its stack shows in the dump all the same.
+    result = run_child(
+        """
+        def serve():
+            for event in uffd.read():
+                uffd.zeropage(event.address, P)
+        uffd = Userfaultfd.open()
+        page = memory.map_memory(P)
+        uffd.register(page, P, RegisterMode.MISSING)
+        threading.Thread(target=serve, daemon=True).start()
+        memory.view(page, P)[0]
+        """,
+        timeout=1,
+    )
+
+    assert result.returncode == 1
+    assert result.stderr.startswith("Timeout")
 
 
 def test_another_process_serves_this_ones_memory_from_its_own(start_child: StartChild, arena: Arena) -> None:

@@ -1,4 +1,4 @@
-"""Every operation of `ioctl_userfaultfd(2)` on a range: what it does, what it answers, and each error it documents."""
+"""Every operation of `ioctl_userfaultfd(2)` on a range: what it does, and each error that it documents."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from fcntl import ioctl
 from typing import TYPE_CHECKING
 
 import pytest
+
 from userfault.errors import KernelError
 from userfault.kernel import (
     ContinueMode,
@@ -27,14 +28,16 @@ from userfault.kernel import (
 )
 
 if TYPE_CHECKING:
-    from conftest import Arena, RunChild
+    from struct import Struct
+
+    from tests.conformance.conftest import Arena, RunChild
 
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
 _SHARED = Feature.MISSING_SHMEM | Feature.MINOR_SHMEM | Feature.WP_HUGETLBFS_SHMEM
 _UNKNOWN = 1 << 40
 
 
-# -- UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE ------------------------------------------------------------
+# -- UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE ---------------------------------------------------------
 
 
 def test_register_tells_what_can_be_done_in_the_range(arena: Arena) -> None:
@@ -67,8 +70,22 @@ def test_register_of_a_range_that_another_descriptor_has_is_busy(arena: Arena) -
 
 @pytest.mark.parametrize(
     ("offset", "length", "mode"),
-    [(1, 4096, MISSING), (0, 100, MISSING), (0, 0, MISSING), (0, 4096, 0), (0, 4096, _UNKNOWN), (0, 4096, MINOR)],
-    ids=["unaligned address", "unaligned length", "no length", "no mode", "unknown mode", "minor on anonymous"],
+    [
+        (1, 4096, MISSING),
+        (0, 100, MISSING),
+        (0, 0, MISSING),
+        (0, 4096, 0),
+        (0, 4096, _UNKNOWN),
+        (0, 4096, MINOR),
+    ],
+    ids=[
+        "unaligned address",
+        "unaligned length",
+        "no length",
+        "no mode",
+        "unknown mode",
+        "minor on anonymous",
+    ],
 )
 def test_register_refuses_what_makes_no_sense(arena: Arena, offset: int, length: int, mode: int) -> None:
     page = arena.anonymous(2)
@@ -157,7 +174,7 @@ def test_wake_without_a_page_makes_the_thread_fault_anew(arena: Arena) -> None:
     assert touch.waiting
 
 
-# -- UFFDIO_COPY ------------------------------------------------------------------------------------------------
+# -- UFFDIO_COPY ---------------------------------------------------------------------------------------------
 
 
 def test_copy_installs_the_page_and_wakes_the_thread(arena: Arena) -> None:
@@ -219,6 +236,20 @@ def test_copy_over_a_page_that_is_there_says_so(arena: Arena) -> None:
     assert arena.peek(page) == b"\1"
 
 
+def test_copy_over_a_page_that_is_there_wakes_nobody(arena: Arena) -> None:
+    uffd, page = arena.uffd(), arena.anonymous(1)
+    uffd.register(page, arena.page, MISSING)
+    touch = arena.read(page)
+    arena.events(uffd)
+    uffd.copy(page, arena.source(1), arena.page, CopyMode.DONTWAKE)
+
+    assert uffd.copy(page, arena.source(2), arena.page) == (0, EEXIST)
+    assert (uffd.fdinfo().total, touch.waiting) == (1, True)
+    uffd.wake(page, arena.page)
+
+    assert touch.result() == b"\1" * 8
+
+
 def test_copy_that_stops_on_the_way_says_how_far_it_came(arena: Arena) -> None:
     uffd, page = arena.uffd(), arena.anonymous(4)
     uffd.register(page, 4 * arena.page, MISSING)
@@ -240,7 +271,7 @@ def test_copy_that_stops_on_the_way_says_how_far_it_came(arena: Arena) -> None:
     ids=["COPY", "ZEROPAGE", "POISON"],
 )
 def test_the_result_field_is_a_negative_errno_when_nothing_was_done(
-    arena: Arena, request_number: int, layout: abi.Struct
+    arena: Arena, request_number: int, layout: Struct
 ) -> None:
     # What a reader of an unsigned field takes for 18 exabytes.
     uffd, page = arena.uffd(), arena.anonymous(1)
@@ -280,7 +311,9 @@ def test_every_operation_refuses_a_range_that_is_not_registered(arena: Arena, op
     answer = getattr(uffd, operation)(page, *source, arena.page, 0)
 
     # MOVE alone calls a destination that nobody has registered an invalid argument.
-    assert answer == (ENOENT if operation == "write_protect" else (0, EINVAL if operation == "move" else ENOENT))
+    assert answer == (
+        ENOENT if operation == "write_protect" else (0, EINVAL if operation == "move" else ENOENT)
+    )
 
 
 def test_copy_from_where_nothing_can_be_read_says_so(arena: Arena) -> None:
@@ -312,8 +345,8 @@ def test_a_queued_event_makes_every_operation_say_again(arena: Arena) -> None:
 
 
 def test_an_event_that_comes_in_the_middle_leaves_a_partial_result(arena: Arena) -> None:
-    # The source's third page is itself missing, and served by a second descriptor: the copy has done two pages and sleeps in its
-    # third when the application drops memory.
+    # The source's third page is itself missing, and served by a second descriptor: the copy has done two
+    # pages and sleeps in its # third when the application drops memory.
     uffd, page = arena.uffd(Feature.EVENT_REMOVE), arena.anonymous(4)
     uffd.register(page, 4 * arena.page, MISSING)
     of_source, source = arena.uffd(), arena.anonymous(4, fill=True)
@@ -332,7 +365,7 @@ def test_an_event_that_comes_in_the_middle_leaves_a_partial_result(arena: Arena)
     assert uffd.copy(page + 2 * arena.page, source, 2 * arena.page) == (2 * arena.page, 0)
 
 
-# -- UFFDIO_ZEROPAGE --------------------------------------------------------------------------------------------
+# -- UFFDIO_ZEROPAGE -----------------------------------------------------------------------------------------
 
 
 def test_zeropage_installs_zeros(arena: Arena) -> None:
@@ -358,7 +391,7 @@ def test_zeropage_works_for_a_memfd_and_stops_at_what_is_there(arena: Arena) -> 
     assert uffd.zeropage(page + arena.page, arena.page) == (0, EEXIST)
 
 
-# -- UFFDIO_MOVE ------------------------------------------------------------------------------------------------
+# -- UFFDIO_MOVE ---------------------------------------------------------------------------------------------
 
 
 def test_move_takes_the_page_away_from_its_source(arena: Arena) -> None:
@@ -435,7 +468,7 @@ def test_move_of_a_page_that_a_child_has_seen_is_busy_until_written_again(run_ch
     assert (result.returncode, result.stdout) == (0, "True True 2\n")
 
 
-# -- UFFDIO_WRITEPROTECT ----------------------------------------------------------------------------------------
+# -- UFFDIO_WRITEPROTECT -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["anonymous", "memfd"])
@@ -459,7 +492,9 @@ def test_write_protect_reports_a_write_and_lets_reads_pass(arena: Arena, kind: s
     assert arena.peek(page, 3) == b"new"
 
 
-def test_write_protect_passes_over_pages_that_are_not_there_unless_the_feature_says_otherwise(arena: Arena) -> None:
+def test_write_protect_passes_over_pages_that_are_not_there_unless_the_feature_says_otherwise(
+    arena: Arena,
+) -> None:
     plain, page = arena.uffd(), arena.anonymous(1)
     plain.register(page, arena.page, WP)
     plain.write_protect(page, arena.page, WriteProtectMode.WP)
@@ -491,7 +526,7 @@ def test_write_protect_wants_a_range_registered_for_it(arena: Arena) -> None:
     assert uffd.write_protect(page, arena.page, WriteProtectMode.WP) == ENOENT
 
 
-# -- UFFDIO_CONTINUE --------------------------------------------------------------------------------------------
+# -- UFFDIO_CONTINUE -----------------------------------------------------------------------------------------
 
 
 def test_continue_maps_what_is_in_the_file(arena: Arena) -> None:
@@ -576,7 +611,7 @@ def test_a_hole_punched_in_the_file_is_missing_again_in_every_mapping(arena: Are
         assert arena.events(uffd) == [PageFault(page, abi.FaultFlag(0), 0)]
 
 
-# -- UFFDIO_POISON, the SIGBUS feature, huge pages --------------------------------------------------------------
+# -- UFFDIO_POISON, the SIGBUS feature, huge pages -----------------------------------------------------------
 
 
 def test_poison_kills_the_toucher_fails_system_calls_and_yields_to_copy(run_child: RunChild) -> None:

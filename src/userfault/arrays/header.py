@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Literal
 
     from userfault.stores import Store
 
@@ -29,7 +29,7 @@ class Header:
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    order: str
+    order: Literal["C", "F"]
     offset: int
 
     @property
@@ -109,7 +109,9 @@ def check_dtype(dtype: object, name: str) -> np.dtype[Any]:
     except TypeError:
         raise TypeError(f"dtype {dtype!r} is not a type that NumPy knows") from None
     if result.hasobject:
-        raise ValueError(f"{name}: dtype {result} holds Python objects, which are pointers, not data; save it as plain values")
+        raise ValueError(
+            f"{name}: dtype {result} holds Python objects, which are pointers, not data; save it as plain values"
+        )
     if not result.itemsize:
         raise ValueError(f"{name}: dtype {result} has items of no size; say how long they are")
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -16,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
+    from typing import Literal
 
     from numpy.typing import DTypeLike
 
@@ -23,12 +25,12 @@ if TYPE_CHECKING:
 def open_array(
     source: str | os.PathLike[str] | Store,
     mode: str = "r",
-    dtype: DTypeLike = None,
+    dtype: DTypeLike | None = None,
     shape: int | Sequence[int] | None = None,
     offset: int = 0,
     order: str = "C",
     block_size: int | str = DEFAULT_BLOCK_SIZE,
-    budget: int | str | float | None = None,
+    budget: str | float | None = None,
     store_options: Mapping[str, object] | None = None,
 ) -> PagedArray:
     """Open a file or a store as an array that is brought in block by block, at the first touch.
@@ -62,16 +64,25 @@ def open_array(
     store = open_store(source)
     if store_options:
         raise ValueError(f"store_options {sorted(store_options)} were given, but {store.describe()} takes none")
-    header = _npy(store, dtype, shape, offset, order) or _raw(store, dtype, shape, offset, order)
+    layout = _check_order(order)
+    header = _npy(store, dtype, shape, offset, layout) or _raw(store, dtype, shape, offset, layout)
     if not header.nbytes:
-        raise ValueError(f"{store.describe()}: an array of shape {header.shape} has no bytes; a region needs at least one")
+        raise ValueError(
+            f"{store.describe()}: an array of shape {header.shape} has no bytes; a region needs at least one"
+        )
     store.close()  # what reading the header opened here; the pager has a store of its own
     region = Region(store, mode, block_size, budget)
     region.owned_by_views()
     return array_of(region, header)
 
 
-def _npy(store: Store, dtype: DTypeLike, shape: int | Sequence[int] | None, offset: int, order: str) -> Header | None:
+def _npy(
+    store: Store,
+    dtype: DTypeLike | None,
+    shape: int | Sequence[int] | None,
+    offset: int,
+    order: Literal["C", "F"],
+) -> Header | None:
     """Read a `.npy` header and compare it with what the caller expects; None if raw items were asked for."""
     if offset or order != "C":
         return None
@@ -79,20 +90,29 @@ def _npy(store: Store, dtype: DTypeLike, shape: int | Sequence[int] | None, offs
     if header is None:
         return None
     if dtype is not None and check_dtype(dtype, store.describe()) != header.dtype:
-        raise ValueError(f"{store.describe()} holds {header.dtype}, not dtype={np.dtype(dtype)}; leave dtype out to take it as it is")
+        raise ValueError(
+            f"{store.describe()} holds {header.dtype}, not dtype={np.dtype(dtype)}; leave dtype out to take it as it is"
+        )
     if shape is not None and _shape(shape) != header.shape:
-        raise ValueError(f"{store.describe()} has shape {header.shape}, not shape={_shape(shape)}; leave shape out to take it as it is")
+        raise ValueError(
+            f"{store.describe()} has shape {header.shape}, not shape={_shape(shape)}; "
+            "leave shape out to take it as it is"
+        )
     return header
 
 
-def _raw(store: Store, dtype: DTypeLike, shape: int | Sequence[int] | None, offset: int, order: str) -> Header:
+def _raw(
+    store: Store,
+    dtype: DTypeLike | None,
+    shape: int | Sequence[int] | None,
+    offset: int,
+    order: Literal["C", "F"],
+) -> Header:
     """Describe raw items."""
     kind = check_dtype(np.uint8 if dtype is None else dtype, store.describe())
     start = operator.index(offset)
     if not 0 <= start < store.size:
         raise ValueError(f"offset {offset} is not inside the {store.size} bytes of {store.describe()}")
-    if order not in {"C", "F"}:
-        raise ValueError(f"order must be 'C' or 'F', got {order!r}")
     room = store.size - start
     if shape is None:
         if room % kind.itemsize:
@@ -100,13 +120,24 @@ def _raw(store: Store, dtype: DTypeLike, shape: int | Sequence[int] | None, offs
         return Header((room // kind.itemsize,), kind, order, start)
     header = Header(_shape(shape), kind, order, start)
     if header.nbytes > room:
-        raise ValueError(f"shape {header.shape} of {kind} takes {header.nbytes} bytes, and {store.describe()} has {room} from offset {start}")
+        raise ValueError(
+            f"shape {header.shape} of {kind} takes {header.nbytes} bytes, "
+            f"and {store.describe()} has {room} from offset {start}"
+        )
     return header
 
 
+def _check_order(order: str) -> Literal["C", "F"]:
+    if order == "C":
+        return "C"
+    if order == "F":
+        return "F"
+    raise ValueError(f"order must be 'C' or 'F', got {order!r}")
+
+
 def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:
-    numbers = (shape,) if hasattr(shape, "__index__") else tuple(shape)  # type: ignore[arg-type]
-    result = tuple(operator.index(n) for n in numbers)  # type: ignore[arg-type]
+    numbers = shape if isinstance(shape, Iterable) else (shape,)
+    result = tuple(operator.index(n) for n in numbers)
     if any(n < 0 for n in result):
         raise ValueError(f"shape {result} has a negative number")
     return result

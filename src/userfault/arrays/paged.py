@@ -2,18 +2,18 @@
 
 Closing an array
 ----------------
-Facts about NumPy (2.x): a view of any kind keeps alive, as its `base`, the object that owns the memory, but the chain of
-bases is only shortened while the types are the same.  So slices of a `PagedArray`, being of its type, hold the array;
-plain arrays made from it hold what lies beneath it, here a hidden plain array `_root`; and buffers (`memoryview`,
+Facts about NumPy (2.x): a view of any kind keeps alive, as its `base`, the object that owns the memory, but the chain
+of bases is only shortened while the types are the same.  So slices of a `PagedArray`, being of its type, hold it;
+plain arrays made from it hold what lies beneath it, a hidden plain array, the root; and buffers (`memoryview`,
 `ctypes`, `PickleBuffer`) hold the array itself.  NumPy counts none of them.
 
 `close()` is to end the region while the variable of the user still holds the array, and to refuse while other views
 live.  Each kind of holder is counted where it can be: slices share one small object, the *lease*; plain arrays show in
-the references to `_root`; buffers are found by the garbage collector.  If none is found, the array is detached from the
-memory and becomes an empty one that can do nothing (not zeros, which could be mistaken for data).
+the references to the root; buffers are found by the garbage collector.  If none is found, the array is detached from
+the memory and becomes an empty one that can do nothing (not zeros, which could be mistaken for data).
 
-What could still be missed is a buffer held by C code alone.  For that the addresses stay reserved, inaccessible, until the
-array object itself is gone: a touch through it is a SIGSEGV, never somebody else's bytes.
+What could still be missed is a buffer held by C code alone.  For that the addresses stay reserved, inaccessible, until
+the array object itself is gone: a touch through it is a SIGSEGV, never somebody else's bytes.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class _Lease:
         self.root = root
 
 
-class PagedArray(np.ndarray):  # type: ignore[type-arg]  # generic in stubs only since NumPy 1.22
+class PagedArray(np.ndarray):  # generic in stubs only
     """A `numpy.ndarray` whose pages come from a store at the first touch. Made by `open_array`.
 
-    Slices, views, ufuncs, `np.save`, `pickle` and the buffer protocol work as for any array; results of computations are
-    ordinary arrays in ordinary memory.  When the last view goes, the region ends, as with `numpy.memmap`; `close()` ends
-    it at once.
+    Slices, views, ufuncs, `np.save`, `pickle` and the buffer protocol work as for any array; results of computations
+    are ordinary arrays in ordinary memory.  When the last view goes, the region ends, as with `numpy.memmap`; `close()`
+    ends it at once.
 
     Threads: as any array.  Fork: a child does not inherit the memory; a touch there is a SIGSEGV.
     """
@@ -67,7 +67,7 @@ class PagedArray(np.ndarray):  # type: ignore[type-arg]  # generic in stubs only
 
     def __array_wrap__(
         self, array: np.ndarray[Any, Any], context: object = None, return_scalar: bool = False
-    ) -> Any:  # noqa: ANN401  # as NumPy's own
+    ) -> Any:  # as NumPy's own
         """Return results of computations as what they are: arrays and scalars in ordinary memory."""
         del context
         if self is array or type(self) is not PagedArray:
@@ -78,7 +78,7 @@ class PagedArray(np.ndarray):  # type: ignore[type-arg]  # generic in stubs only
         """Pickle the values, as any array."""
         return np.asarray(self).__reduce__()
 
-    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:  # noqa: ANN401  # as NumPy's own
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:  # as NumPy's own
         """Pickle the values, as any array; with protocol 5 and a buffer callback, out of band."""
         return np.asarray(self).__reduce_ex__(protocol)
 
@@ -138,17 +138,22 @@ class PagedArray(np.ndarray):  # type: ignore[type-arg]  # generic in stubs only
         if lease is None:
             return
         if _other_views(self, lease):
-            raise BufferError("another view of the array is alive: delete the slices, arrays and buffers made from it first")
+            raise BufferError(
+                "another view of the array is alive: delete the slices, arrays and buffers made from it first"
+            )
         region = lease.region
         self._lease = None
         self._keep = region  # the addresses stay reserved as long as this object lives
-        np.ndarray.__setstate__(self, (1, (0,), _NOTHING, False, b""))
+        nothing: tuple[Any, ...] = (1, (0,), _NOTHING, False, b"")  # version, shape, type, order, data
+        np.ndarray.__setstate__(self, nothing)
         region.revoke()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

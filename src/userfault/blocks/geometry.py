@@ -48,12 +48,12 @@ def _parse_text(text: str, name: str) -> int:
     digits = stripped.rstrip("abcdefghijklmnopqrstuvwxyz ")
     unit = _UNITS.get(stripped[len(digits) :].strip(), 0)
     try:
-        number = unit * (float(digits) if "." in digits else int(digits))
-    except ValueError:
+        number = int(unit * (float(digits) if "." in digits else int(digits)))
+    except (ValueError, OverflowError):  # the latter: a float without end, such as "1.e999"
         unit = 0
     if not unit:
         raise ValueError(f"{name} {text!r} is not a size; write bytes as an integer, or '64KiB', '2GiB'")
-    return int(number)
+    return number
 
 
 def check_block_size(value: object) -> int:
@@ -105,7 +105,9 @@ class Geometry:
         start = operator.index(offset)
         end = self.size if length is None else start + operator.index(length)
         if not 0 <= start <= end <= self.size:
-            raise ValueError(f"range of offset {offset} and length {length} is not inside the region's {self.size} bytes")
+            raise ValueError(
+                f"range of offset {offset} and length {length} is not inside the region's {self.size} bytes"
+            )
         return start, end
 
     def outward(self, start: int, end: int) -> tuple[int, int]:

@@ -20,7 +20,8 @@ import os
 from bisect import bisect_left
 
 from userfault.blocks.geometry import PAGE_SIZE, Geometry, round_up
-from userfault.kernel import memory
+from userfault.blocks.states import BlockState
+from userfault.kernel import memfd, memory
 
 MAGIC = 0x31544C5541464655  # "UFFAULT1" would need a ninth byte; any constant does
 READ_ONLY, COPY_ON_WRITE = 0, 1
@@ -43,6 +44,26 @@ BOUNDS = tuple(round(256 * 2 ** (i / 4)) for i in range(BUCKETS))
 def bucket_of(nanoseconds: int) -> int:
     """Return the index of the bucket that a latency falls into."""
     return min(bisect_left(BOUNDS, nanoseconds), BUCKETS - 1)
+
+
+def read_words(fd: int) -> memoryview:
+    """Return a copy of the words of a region's memfd: 64-bit numbers.
+
+    Raises:
+        ValueError: if the descriptor is not a region's memfd.
+    """
+    words = memoryview(os.pread(fd, PAGE_SIZE, os.fstat(fd).st_size - PAGE_SIZE)).cast("Q")
+    if words[W_MAGIC] != MAGIC:
+        raise ValueError(f"descriptor {fd} is not the memfd of a region")
+    return words
+
+
+def was_filling(fd: int) -> bool:
+    """Whether a block of the region was being filled when its worker died; for a process that has not mapped it."""
+    words = read_words(fd)
+    geometry = Geometry(words[W_SIZE], words[W_BLOCK_SIZE])
+    states = memfd.data_extents(fd, geometry.length, geometry.length + round_up(geometry.blocks, PAGE_SIZE))
+    return any(BlockState.FILLING in os.pread(fd, end - start, start) for start, end in states)
 
 
 class Layout:
@@ -89,9 +110,7 @@ class Ledger:
             ValueError: if the descriptor is not a region's memfd.
             KernelError: if it cannot be mapped.
         """
-        words = memoryview(os.pread(fd, PAGE_SIZE, os.fstat(fd).st_size - PAGE_SIZE)).cast("Q")
-        if words[W_MAGIC] != MAGIC:
-            raise ValueError(f"descriptor {fd} is not the memfd of a region")
+        words = read_words(fd)
         geometry = Geometry(words[W_SIZE], words[W_BLOCK_SIZE])
         return cls(fd, Layout(geometry, words[W_RECIPE_LENGTH]))
 
@@ -108,8 +127,6 @@ class Ledger:
 
     def occupied(self, fd: int) -> list[tuple[int, int]]:
         """Runs of blocks `(first, stop)` whose state bytes have ever been written; reads no page that is not there."""
-        from userfault.kernel import memfd  # not needed on the way of a fault
-
         base, blocks = self.geometry.length, self.geometry.blocks
         extents = memfd.data_extents(fd, base, base + round_up(blocks, PAGE_SIZE))
         return [(start - base, min(end - base, blocks)) for start, end in extents if start - base < blocks]

@@ -109,7 +109,15 @@ UFFDIO_CONTINUE = _IOWR(_UFFD, _UFFDIO_CONTINUE, UFFDIO_CONTINUE_STRUCT)  # 5.13
 UFFDIO_POISON = _IOWR(_UFFD, _UFFDIO_POISON, UFFDIO_POISON_STRUCT)  # 6.6
 
 
-class Ioctl(IntFlag, boundary=KEEP):
+class Bits(IntFlag, boundary=KEEP):
+    """An integer of bits with names, which keeps those that have none."""
+
+    def __invert__(self) -> int:  # type: ignore[override]
+        # The library's own would clear unknown bits in `flags & ~Feature.MOVE`.
+        return ~int(self)
+
+
+class Ioctl(Bits):
     """What may be done: the `ioctls` word of UFFDIO_API (descriptor) and of UFFDIO_REGISTER (range)."""
 
     REGISTER = 1 << _UFFDIO_REGISTER
@@ -145,7 +153,7 @@ UFFD_FEATURE_WP_ASYNC = 1 << 15  # 6.7; turns WP_UNPOPULATED on as well
 UFFD_FEATURE_MOVE = 1 << 16  # 6.8
 
 
-class Feature(IntFlag, boundary=KEEP):
+class Feature(Bits):
     """What a userfaultfd can do, asked for and answered by UFFDIO_API."""
 
     PAGEFAULT_FLAG_WP = UFFD_FEATURE_PAGEFAULT_FLAG_WP
@@ -188,7 +196,7 @@ UFFDIO_CONTINUE_MODE_WP = 1 << 1  # 6.4
 UFFDIO_POISON_MODE_DONTWAKE = 1 << 0  # 6.6
 
 
-class RegisterMode(IntFlag, boundary=KEEP):
+class RegisterMode(Bits):
     """Which faults of a range are reported."""
 
     MISSING = UFFDIO_REGISTER_MODE_MISSING
@@ -196,41 +204,41 @@ class RegisterMode(IntFlag, boundary=KEEP):
     MINOR = UFFDIO_REGISTER_MODE_MINOR
 
 
-class CopyMode(IntFlag, boundary=KEEP):
+class CopyMode(Bits):
     """How UFFDIO_COPY installs."""
 
     DONTWAKE = UFFDIO_COPY_MODE_DONTWAKE
     WP = UFFDIO_COPY_MODE_WP
 
 
-class ZeropageMode(IntFlag, boundary=KEEP):
+class ZeropageMode(Bits):
     """How UFFDIO_ZEROPAGE installs."""
 
     DONTWAKE = UFFDIO_ZEROPAGE_MODE_DONTWAKE
 
 
-class MoveMode(IntFlag, boundary=KEEP):
+class MoveMode(Bits):
     """How UFFDIO_MOVE moves."""
 
     DONTWAKE = UFFDIO_MOVE_MODE_DONTWAKE
     ALLOW_SRC_HOLES = UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES
 
 
-class WriteProtectMode(IntFlag, boundary=KEEP):
+class WriteProtectMode(Bits):
     """What UFFDIO_WRITEPROTECT does."""
 
     WP = UFFDIO_WRITEPROTECT_MODE_WP
     DONTWAKE = UFFDIO_WRITEPROTECT_MODE_DONTWAKE
 
 
-class ContinueMode(IntFlag, boundary=KEEP):
+class ContinueMode(Bits):
     """How UFFDIO_CONTINUE maps."""
 
     DONTWAKE = UFFDIO_CONTINUE_MODE_DONTWAKE
     WP = UFFDIO_CONTINUE_MODE_WP
 
 
-class PoisonMode(IntFlag, boundary=KEEP):
+class PoisonMode(Bits):
     """How UFFDIO_POISON marks."""
 
     DONTWAKE = UFFDIO_POISON_MODE_DONTWAKE
@@ -259,7 +267,7 @@ class EventKind(IntEnum):
     UNMAP = UFFD_EVENT_UNMAP
 
 
-class FaultFlag(IntFlag, boundary=KEEP):
+class FaultFlag(Bits):
     """What kind of fault a PAGEFAULT message reports. Missing is the absence of WP and MINOR."""
 
     WRITE = UFFD_PAGEFAULT_FLAG_WRITE
@@ -276,7 +284,9 @@ MAP_NORESERVE = 0x400 if _MIPS else 0x40 if _OLD else 0x4000
 MAP_FIXED = 0x10
 MAP_FIXED_NOREPLACE = 0x100000  # 4.17
 MAP_HUGETLB = 0x80000 if _MIPS else 0x40000  # 2.6.32
-EHWPOISON = 168 if _MIPS else 135 if _MACHINE == "sparc64" else 133  # errno of a poisoned page; Python has no name
+EHWPOISON = (
+    168 if _MIPS else 135 if _MACHINE == "sparc64" else 133
+)  # errno of a poisoned page; Python has no name
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
 MREMAP_DONTUNMAP = 4  # 5.7
@@ -331,7 +341,7 @@ FALLOC_FL_KEEP_SIZE = 1 << 0
 FALLOC_FL_PUNCH_HOLE = 1 << 1
 
 
-class Seal(IntFlag, boundary=KEEP):
+class Seal(Bits):
     """What can never again be done to a memfd."""
 
     SEAL = F_SEAL_SEAL
@@ -373,7 +383,7 @@ PM_SWAP = 1 << 62
 PM_PRESENT = 1 << 63
 
 
-class PageCategory(IntFlag, boundary=KEEP):
+class PageCategory(Bits):
     """What PAGEMAP_SCAN can say of a page, and be asked to select by."""
 
     WPALLOWED = PAGE_IS_WPALLOWED
@@ -387,8 +397,13 @@ class PageCategory(IntFlag, boundary=KEEP):
     GUARD = PAGE_IS_GUARD
 
 
-class ScanFlag(IntFlag, boundary=KEEP):
+class ScanFlag(Bits):
     """What PAGEMAP_SCAN does besides reporting."""
 
     WP_MATCHING = PM_SCAN_WP_MATCHING
     CHECK_WPASYNC = PM_SCAN_CHECK_WPASYNC
+
+
+# The library gives every class of flags an inversion of its own, over the one that it inherits.
+for _kind in Bits.__subclasses__():
+    _kind.__invert__ = Bits.__invert__  # type: ignore[method-assign]

@@ -76,6 +76,8 @@ class Gate:
         if self.ok:
             return "open"
         name = errorcode.get(self.errno, str(self.errno))
+        if self.gate == "absent":
+            return f"{name}: it is absent"
         return f"{name}, refused by {self.gate}" if self.gate else name
 
 

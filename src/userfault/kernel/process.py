@@ -13,7 +13,7 @@ from userfault.errors import KernelError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 __all__ = [
     "CAP_SYS_PTRACE",
@@ -21,6 +21,7 @@ __all__ = [
     "has_capability",
     "huge_pages_free",
     "memory_available",
+    "memory_cgroups",
     "pidfd_alive",
     "pidfd_open",
     "pidfd_send_signal",
@@ -180,7 +181,20 @@ def huge_pages_free() -> int:
 
 def cgroup_headroom() -> int | None:
     """Return the bytes that the tightest memory cgroup above this process leaves; `None` without a limit."""
-    rooms = [room for folder, version in _memory_cgroups() for room in _folder_room(folder, version)]
+    return _headroom(memory_cgroups())
+
+
+def memory_cgroups() -> Iterator[tuple[str, int]]:
+    """Yield folder and version of this process's memory cgroups, and of all above that are mounted.
+
+    Raises:
+        KernelError: /proc is not there.
+    """
+    return _folders(_read("/proc/self/cgroup"), _read("/proc/self/mountinfo"))
+
+
+def _headroom(folders: Iterable[tuple[str, int]]) -> int | None:
+    rooms = [room for folder, version in folders for room in _folder_room(folder, version)]
     return max(min(rooms), 0) if rooms else None
 
 
@@ -212,24 +226,24 @@ def _inactive_file(folder: str, field: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith(field + " ")), 0)
 
 
-def _memory_cgroups() -> Iterator[tuple[str, int]]:
-    """Yield each folder from this process's memory cgroup up to what is mounted, with its version."""
-    paths = _cgroup_paths()
-    for root, point, version in _cgroup_mounts():
-        path = paths.get(version)
-        if path is None:
+def _folders(cgroups: str, mounts: str) -> Iterator[tuple[str, int]]:
+    """Put together what /proc/self/cgroup and /proc/self/mountinfo say."""
+    paths = _cgroup_paths(cgroups)
+    for root, point, version in _cgroup_mounts(mounts):
+        if version not in paths:
             continue
-        inside = path[len(root.rstrip("/")) :] if path.startswith(root) else ""
-        folder = (point + inside).rstrip("/")
+        # A container may mount its own group as the root, while its path is told from the machine's root.
+        path, top = paths[version] + "/", root.rstrip("/") + "/"
+        folder = (point + "/" + path[len(top) :] if path.startswith(top) else point).rstrip("/")
         while len(folder) >= len(point):
             yield folder, version
             folder = folder[: folder.rfind("/")]
 
 
-def _cgroup_paths() -> dict[int, str]:
-    """Return this process's cgroup by version; a process has one in each hierarchy."""
+def _cgroup_paths(text: str) -> dict[int, str]:
+    """Return the path in each version's hierarchy: "0::/path" for 2, "4:memory:/path" for 1."""
     paths = {}
-    for line in _read("/proc/self/cgroup").splitlines():
+    for line in text.splitlines():
         _hierarchy, controllers, path = line.split(":", 2)
         if not controllers:
             paths[2] = path
@@ -238,11 +252,11 @@ def _cgroup_paths() -> dict[int, str]:
     return paths
 
 
-def _cgroup_mounts() -> Iterator[tuple[str, str, int]]:
-    """Yield root, mount point and version of each mounted hierarchy that accounts memory."""
-    for line in _read("/proc/self/mountinfo").splitlines():
+def _cgroup_mounts(text: str) -> Iterator[tuple[str, str, int]]:
+    """Yield root, mount point and version of each mounted hierarchy that may account memory."""
+    for line in text.splitlines():
         left, _, right = line.partition(" - ")
-        root, point = left.split()[3:5]
+        root, point = (name.replace("\\040", " ") for name in left.split()[3:5])
         kind, _source, options = right.split(" ", 2)
         if kind == "cgroup2":
             yield root, point, 2

@@ -15,7 +15,8 @@ What the kernel does, as far as the code here and its callers rely on it; each s
   methods return `(done, errno)` and never raise for an errno of the kernel. `fcntl.ioctl` copies its buffer
   back when the call fails too, which is what makes that possible.
 * **EAGAIN means a queued event.** While a FORK, REMAP, REMOVE or UNMAP message waits to be read, the kernel
-  refuses to change the memory map under its reader: read, then try again.
+  refuses to change the memory map under its reader: read, then try again. A read hands out faults before
+  these messages, whichever came first: read all that is queued before acting.
 * **EEXIST means that somebody was first**, often one's own answer to another thread's fault on that page. It
   does not wake anybody: wake the range.
 * **UFFDIO_API decides once.** The descriptor is useless before it and refuses a second one (EINVAL). Its
@@ -75,7 +76,7 @@ class Userfaultfd:
     """A userfaultfd descriptor, owned by this object.
 
     The constructor adopts a descriptor that exists already, received over a socket or from a FORK event, and
-    asks the kernel nothing. `Userfaultfd.open` makes a new one.
+    asks the kernel nothing. `Userfaultfd.open` makes a new one. Using a closed one raises `ValueError`.
 
     Args:
         fd: The descriptor. `close` and the garbage collector will close it.
@@ -366,6 +367,7 @@ class Userfaultfd:
         except BlockingIOError:
             return b""
         except OSError as error:
+            self.fileno()  # ValueError when it is closed
             raise KernelError(error.errno or 0, "read(userfaultfd)") from None
 
     def read(self, max_messages: int = 64) -> list[Event]:

@@ -31,7 +31,8 @@ def main(role: str, will_fd: int) -> None:
     except BaseException:  # noqa: BLE001  # whatever it was, the other process must see this one end
         sys.excepthook(*sys.exc_info())
     finally:
-        sys.stderr.flush()
+        with contextlib.suppress(Exception):  # nobody may be left who reads it
+            sys.stderr.flush()
         os._exit(code)  # threads may hang in a store for ever; nothing else is left to do
 
 
@@ -48,7 +49,8 @@ def _keep_only(fds: set[int]) -> None:
 def _settle(role: str) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
-    os.close(null)
+    if null:
+        os.close(null)
     with open("/proc/self/comm", "w") as comm:
         comm.write(f"userfault-{role}"[:15])
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

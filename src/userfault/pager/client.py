@@ -12,6 +12,7 @@ import itertools
 import os
 import select
 import socket
+import sys
 import threading
 import weakref
 from threading import Event, Lock, Thread
@@ -59,8 +60,6 @@ class Link:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self.uffd = Userfaultfd.open(FEATURES)
-        self.lifeline = Lifeline()
         self.supervisor_pid = self.worker_pid = -1
         self.workers = 0
         self.lost = ""
@@ -69,6 +68,20 @@ class Link:
         self._lock = Lock()
         self._pending: dict[int, _Pending] = {}
         self._hello = Event()
+        with spawn.standard_descriptors():
+            self._begin()
+        self._thread = Thread(target=self._listen, name="userfault", daemon=True)
+        self._thread.start()
+        _links.add(self)
+        if not self._hello.wait(START_S) or self.lost:
+            self.stop()
+            raise PagerLostError(
+                f"the pager did not start: {self.lost or 'no answer'}; its own words are on standard error"
+            )
+
+    def _begin(self) -> None:
+        self.uffd = Userfaultfd.open(FEATURES)
+        self.lifeline = Lifeline()
         self._control, theirs = wire.pair()
         try:
             self._start(theirs)
@@ -78,12 +91,6 @@ class Link:
         finally:
             theirs.close()
             self.lifeline.release_theirs()
-        self._thread = Thread(target=self._listen, name="userfault", daemon=True)
-        self._thread.start()
-        _links.add(self)
-        if not self._hello.wait(START_S) or self.lost:
-            self.stop()
-            raise PagerLostError(f"the pager did not start: {self.lost or 'no answer'}; its own words are on standard error")
 
     def _start(self, control: socket.socket) -> None:
         supervisor, worker = wire.pair()
@@ -104,7 +111,7 @@ class Link:
             finally:
                 os.close(application)
 
-    # -- requests ---------------------------------------------------------------------------------------------------
+    # -- requests --------------------------------------------------------------------------------------------
 
     def next_id(self) -> int:
         """Return a number never used before on this link."""
@@ -118,7 +125,11 @@ class Link:
             PagerLostError: if there is no pager any more.
         """
         pending = self._send(message)
-        pending.event.wait()
+        try:
+            pending.event.wait()
+        except BaseException:  # Ctrl-C: nobody wants the answer any more, least of all from another worker
+            self._pending.pop(message.id, None)
+            raise
         answer = pending.answer
         if answer is None:
             raise PagerLostError(self.lost)
@@ -148,18 +159,21 @@ class Link:
     def check(self) -> None:
         """Raise PagerLostError if there is no pager, or none of this process's."""
         if self.pid != os.getpid():
-            raise PagerLostError(f"this pager belongs to process {self.pid}, from which this one was forked; open your own")
+            raise PagerLostError(
+                f"this pager belongs to process {self.pid}, from which this one was forked; open your own"
+            )
         if self.lost:
             raise PagerLostError(self.lost)
 
-    # -- regions ----------------------------------------------------------------------------------------------------
+    # -- regions ---------------------------------------------------------------------------------------------
 
     def opened(self) -> None:
         """A region is about to open: from now on the pager's death is the application's."""
         with self._lock:
+            if not self._open_regions and not self.lifeline.arm():
+                self.lost = self.lost or "the pager was killed"
+                raise PagerLostError(self.lost)
             self._open_regions += 1
-            if self._open_regions == 1:
-                self.lifeline.arm()
 
     def closed(self) -> None:
         """A region has ended."""
@@ -186,7 +200,7 @@ class Link:
             self._pending.pop(message.id, None)
             pending.finish()
 
-    # -- the listening thread ---------------------------------------------------------------------------------------
+    # -- the listening thread --------------------------------------------------------------------------------
 
     def _listen(self) -> None:
         self.lifeline.receive_here()
@@ -197,8 +211,12 @@ class Link:
                 message, self.lost = None, self.lost or f"the pager's socket failed: {error}"
             if message is None:
                 break
-            self._hear(message)
+            try:
+                self._hear(message)
+            except Exception:  # noqa: BLE001  # this thread must stay: the lifeline is aimed at it
+                sys.excepthook(*sys.exc_info())
         self._end("the pager is gone")
+        self.lifeline.wait()
 
     def _hear(self, message: Message) -> None:
         if message.kind == wire.HELLO:
@@ -230,7 +248,7 @@ class Link:
             pending.event.set()
         self._pending.clear()
 
-    # -- the end ----------------------------------------------------------------------------------------------------
+    # -- the end ---------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
         """End the pager in good order, and wait until both its processes are gone."""
@@ -363,7 +381,9 @@ class Pager:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -384,14 +404,14 @@ def default_pager() -> Pager:
     """
     global _default  # noqa: PLW0603  # one per process is its purpose
     with _default_lock:
-        if _default is None or _default.closed:
+        if _default is None or _default.closed or not _default.link.lifeline.intact():
             _default = Pager()
         return _default
 
 
 def _forget_in_child() -> None:
     """In a forked child: let go of the parent's pager, and of locks that nobody here will release."""
-    global _default, _default_lock  # noqa: PLW0603
+    global _default, _default_lock
     for link in list(_links):
         with contextlib.suppress(OSError, KernelError):
             link.close_descriptors()

@@ -49,12 +49,17 @@ class Control:
         self.control = socket.socket(fileno=will["control"])
         self.supervisor = -1
         self.supervisor_pid = 0
+        self._opening: dict[int, bool] = {}
+        """Regions whose store is being made, in a thread; False once they are not wanted any more."""
+        self._made: deque[tuple[Message, Served | StoreError]] = deque()
         self._requests: dict[int, list[Request]] = {}
         self._outbox: deque[Message] = deque()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
         self._progress = False
         self._listening = True
+        self._alone = False
+        """Without a supervisor, since none could be started."""
         self._over = False
         self._verbs: dict[int, Callable[[Message], None]] = {
             wire.OPEN: self._open,
@@ -66,7 +71,7 @@ class Control:
             wire.BYE: self._bye,
         }
 
-    # -- the loop ---------------------------------------------------------------------------------------------------
+    # -- the loop --------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Listen until the application is gone, then end the process's work."""
@@ -83,6 +88,8 @@ class Control:
     def _look(self, ready: dict[int, int]) -> None:
         if self._bell in ready:
             os.eventfd_read(self._bell)
+            while self._made:
+                self._take_on(*self._made.popleft())
         if self.ward.fileno() in ready:
             self._hear_supervisor()
         if self.supervisor in ready:
@@ -94,9 +101,13 @@ class Control:
             self._hear_application()
 
     def _tick(self) -> None:
+        if self._alone:
+            self._replace_supervisor()
         for region in list(self.regions.values()):
             region.publish(self.loop.placement.cpu)
-        done, error = self.uffd.zeropage(1 << 16, PAGE_SIZE)  # nothing is registered there: ENOENT from a living process
+        done, error = self.uffd.zeropage(
+            1 << 16, PAGE_SIZE
+        )  # nothing is registered there: ENOENT from a living process
         if not done and error == errno.ESRCH:
             self._over = True
 
@@ -125,7 +136,7 @@ class Control:
         if self._listening:
             self._poll.modify(self.control.fileno(), wanted)
 
-    # -- the supervisor ---------------------------------------------------------------------------------------------
+    # -- the supervisor --------------------------------------------------------------------------------------
 
     def introduce(self) -> None:
         """Tell the supervisor and the application who their worker is."""
@@ -158,15 +169,23 @@ class Control:
         with contextlib.suppress(KeyError, ValueError):
             self._poll.unregister(self.ward)
         self.ward.close()
-        self.ward, theirs = wire.pair()
+        ward, theirs = wire.pair()
         regions = [(region.id, region.fd) for region in self.regions.values()]
         will = self.will | {"ward": theirs.fileno(), "regions": regions, "strikes": 0}
-        spawn.start_successor(spawn.SUPERVISOR, will)
-        theirs.close()
+        try:
+            spawn.start_successor(spawn.SUPERVISOR, will)
+        except OSError:  # no process to be had; the next tick tries again
+            self._alone = True
+            ward.close()
+            return
+        finally:
+            theirs.close()
+        self._alone = False
+        self.ward = ward
         self._poll.register(self.ward, select.POLLIN)
         self.introduce()
 
-    # -- the application --------------------------------------------------------------------------------------------
+    # -- the application -------------------------------------------------------------------------------------
 
     def _hear_application(self) -> None:
         try:
@@ -187,23 +206,35 @@ class Control:
         self.post(Message(wire.FAILED, message.id, text=failure.encode(error)))
 
     def _open(self, message: Message) -> None:
-        """Take a region on; in a thread, since a store may take its time to appear."""
-        if message.region in self.regions:  # asked by a worker that died before it could answer
+        """Begin to take a region on. Its store is made in a thread, since that may take its time."""
+        if message.region in self.regions or message.region in self._opening:  # sent again to a new worker
             os.close(message.fds[0])
-            self.post(Message(wire.OK, message.id))
-        else:
-            Thread(target=self._take_on, args=(message,), name="open", daemon=True).start()
-
-    def _take_on(self, message: Message) -> None:
-        fd = message.fds[0]
-        try:
-            region = Served(fd, self.uffd)
-        except BaseException as error:  # noqa: BLE001  # whatever a store's class may do when it is made
-            os.close(fd)
-            self._refuse(message, error)
+            if message.region in self.regions:
+                self.post(Message(wire.OK, message.id))
             return
-        self.adopt(region)  # before the supervisor hears of it: one that starts meanwhile gets it by will
-        self._tell_supervisor(Message(wire.KEEP, region=region.id, fds=(fd,)))
+        self._opening[message.region] = True
+        Thread(target=self._make, args=(message,), name="open", daemon=True).start()
+
+    def _make(self, message: Message) -> None:
+        result: Served | StoreError
+        try:
+            result = Served(message.fds[0], self.uffd)
+        except BaseException as error:  # noqa: BLE001  # whatever a store's class may do when it is made
+            result = failure.plain(error)
+        self._made.append((message, result))
+        os.eventfd_write(self._bell, 1)
+
+    def _take_on(self, message: Message, made: Served | StoreError) -> None:
+        """Serve a region whose store has been made, unless it was closed meanwhile."""
+        wanted = self._opening.pop(message.region)
+        if isinstance(made, StoreError) or not wanted:
+            if isinstance(made, Served):
+                made.close((faults.FAULT,))
+            os.close(message.fds[0])
+            self._refuse(message, made if isinstance(made, StoreError) else StoreError("the region was closed"))
+            return
+        self.adopt(made)  # before the supervisor hears of it: one that starts meanwhile gets it by will
+        self._tell_supervisor(Message(wire.KEEP, region=made.id, fds=(made.fd,)))
         self.post(Message(wire.OK, message.id))
 
     def adopt(self, region: Served) -> None:
@@ -213,6 +244,8 @@ class Control:
         self.loop.add(region)
 
     def _close(self, message: Message) -> None:
+        if message.region in self._opening:
+            self._opening[message.region] = False
         region = self.regions.pop(message.region, None)
         if region is not None:
             self.loop.remove(region)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from userfault.pager.served import Served
 
-ABSENT, CLEAN, PRIVATE, EVICTING = (int(s) for s in (BlockState.ABSENT, BlockState.CLEAN, BlockState.PRIVATE, BlockState.EVICTING))
+ABSENT, CLEAN, PRIVATE, EVICTING = (
+    int(s) for s in (BlockState.ABSENT, BlockState.CLEAN, BlockState.PRIVATE, BlockState.EVICTING)
+)
 BATCH_PAGES = 256
 """Dropped together when a budget is full: 1 MiB of 4 KiB pages, about 80 µs."""
 EVICTION = object()

@@ -6,6 +6,8 @@ Exceptions do not travel: they may not pickle, and the application reads no pick
 from __future__ import annotations
 
 import marshal
+import os
+import select
 
 from userfault.errors import StoreError
 
@@ -18,26 +20,48 @@ LOUD = 10
 
 
 def describe(error: BaseException, store: Store, offset: int, length: int) -> StoreError:
-    """Make the error that the application is to see of whatever a store raised."""
-    if isinstance(error, StoreError) and not error.cause:
-        message, cause = error.message, ""
-    else:
-        message, cause = "the store could not be read", f"{type(error).__name__}: {error}"
+    """Make the error that the application is to see of whatever a store raised. Never raises."""
+    plain_error = plain(error)
+    message, cause = plain_error.message, plain_error.cause
     return StoreError(message, store=_name(store), offset=offset, length=length, attempts=1, cause=cause)
+
+
+def plain(error: BaseException) -> StoreError:
+    """Return a StoreError that says what any exception says. Never raises."""
+    if isinstance(error, StoreError):
+        return error
+    return StoreError("the store could not be read", cause=f"{type(error).__name__}: {_text(error)}")
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:  # noqa: BLE001  # an exception of the user's own
+        return "(it cannot be printed)"
 
 
 def _name(store: Store) -> str:
     try:
-        return store.describe()
-    except Exception:  # noqa: BLE001  # a store of the user's own
+        return str(store.describe())
+    except BaseException:  # noqa: BLE001  # a store of the user's own
         return type(store).__name__
+
+
+def report(text: str) -> None:
+    """Write a line to standard error if somebody takes it without delay. Never raises."""
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    try:
+        if any(events & select.POLLOUT for _, events in poll.poll(0)):
+            os.write(2, f"userfault: {text}\n".encode(errors="replace")[: select.PIPE_BUF])
+    except OSError:
+        return
 
 
 def encode(error: BaseException) -> bytes:
     """Turn an error into the text of a message."""
-    if not isinstance(error, StoreError):
-        error = StoreError("the pager failed", cause=f"{type(error).__name__}: {error}")
-    fields = (error.message, error.store, error.offset, error.length, error.attempts, error.cause)
+    e = plain(error)
+    fields = (e.message, e.store, e.offset, e.length, e.attempts, e.cause)
     return marshal.dumps(tuple(f[:2000] if isinstance(f, str) else f for f in fields))
 
 

@@ -55,6 +55,10 @@ _ABSENT, _FILLING, _CLEAN, _PRIVATE = (
 )
 
 
+def _nothing() -> None:
+    pass
+
+
 class FaultLoop:
     """Reads messages and answers them. `add` and `remove` may be called by any thread; `run` never returns."""
 
@@ -63,7 +67,7 @@ class FaultLoop:
         self.placement = placement
         self.filled = False
         """Whether this loop has filled anything yet; `on_filled` is called when it first has."""
-        self.on_filled: Callable[[], None] = int
+        self.on_filled: Callable[[], None] = _nothing
         self._table: tuple[tuple[int, ...], tuple[Served, ...]] = ((), ())
         self._staging = Staging(2 << 20)
         self._streak = (0, 0)
@@ -84,7 +88,7 @@ class FaultLoop:
         at = bisect_right(bases, address) - 1
         return regions[at] if at >= 0 and address < regions[at].end else None
 
-    def run(self) -> None:  # noqa: PLR0915  # see the module's docstring
+    def run(self) -> None:  # noqa: C901, PLR0915  # see the module's docstring
         """Read and answer until the process ends."""
         read, clock, placement = os.read, time.perf_counter_ns, self.placement
         unpack, iter_unpack = abi.UFFD_MSG_PAGEFAULT_STRUCT.unpack, abi.UFFD_MSG_PAGEFAULT_STRUCT.iter_unpack
@@ -108,8 +112,18 @@ class FaultLoop:
                         continue
                     region = found
                     base, end, shift, block_size = region.base, region.end, region.shift, region.block_size
-                    whole, limit, mode, order = region.whole_blocks, region.limit, region.copy_mode, region.order
-                    states, claims, waiters, histogram = region.states, region.claims, region.waiters, region.histogram
+                    whole, limit, mode, order = (
+                        region.whole_blocks,
+                        region.limit,
+                        region.copy_mode,
+                        region.order,
+                    )
+                    states, claims, waiters, histogram = (
+                        region.states,
+                        region.claims,
+                        region.waiters,
+                        region.histogram,
+                    )
                     locate, private = region.locate, region.private
                 block = (address - base) >> shift
                 if claims.setdefault(block, claim) is not claim:

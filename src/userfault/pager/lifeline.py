@@ -2,8 +2,8 @@
 
 Some facts
 ----------
-* A thread that sleeps in a user fault while nobody is left to answer sleeps for ever, with the GIL in its hand.  No Python code
-  of the application runs then, so nothing that Python could do would end it.
+* A thread that sleeps in a user fault while nobody is left to answer sleeps for ever, with the GIL in its hand.  No
+  Python code of the application runs then, so nothing that Python could do would end it.
 * A socket with `O_ASYNC` makes the kernel send a signal when its other end closes, `F_SETSIG` says which, and
   `F_SETOWN_EX` with `F_OWNER_TID` to which thread (fcntl(2), Linux 2.6.32).  A signal to the process as a whole may be
   given to the thread that cannot take it: one that faults inside a system call.
@@ -24,6 +24,7 @@ the pager outlives it; an exec closes our end; a forked child does not own the s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -75,13 +76,14 @@ def _free_signal() -> int:
 class Lifeline:
     """One end of a socket whose other end only the pager holds.
 
-    The thread that is to take the signal calls `receive_here` once, and must never touch a region; everything else may be
-    called by any thread. After a fork the child calls `close`.
+    The thread that is to take the signal calls `receive_here` once, and must never touch a region; everything else may
+    be called by any thread. After a fork the child calls `close`.
     """
 
     def __init__(self) -> None:
         signal_number()
         self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._armed = False
 
     def receive_here(self) -> None:
         """Make the calling thread the one that takes the signal."""
@@ -90,13 +92,30 @@ class Lifeline:
         fcntl.fcntl(fd, F_SETOWN_EX, _OWNER.pack(F_OWNER_TID, threading.get_native_id()))
         fcntl.fcntl(fd, F_SETSIG, signal_number())
 
-    def arm(self) -> None:
-        """From now on the death of the pager ends this process. Does so at once if the pager is dead already."""
-        fd = self._ours.fileno()
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+    def intact(self) -> bool:
+        """Whether somebody of the pager lives."""
         poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        if poll.poll(0):
+        poll.register(self._ours.fileno(), select.POLLIN)
+        return not poll.poll(0)
+
+    def arm(self) -> bool:
+        """From now on the death of the pager ends this process; False if it is dead already, and then nothing is."""
+        fd = self._ours.fileno()
+        self._armed = True
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+        if self.intact():
+            return True
+        self.disarm()
+        return False
+
+    def wait(self) -> None:
+        """Stay until nobody of the pager lives; then, if armed, end the process (the signal should have).
+
+        The listening thread must not end before: the signal is aimed at it, and would reach nobody.
+        """
+        with contextlib.suppress(OSError):
+            self._ours.recv(1)
+        if self._armed:
             os.abort()
 
     def release_theirs(self) -> None:
@@ -105,6 +124,7 @@ class Lifeline:
 
     def disarm(self) -> None:
         """Let the pager go without a signal."""
+        self._armed = False
         fd = self._ours.fileno()
         if fd >= 0:
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_ASYNC)
@@ -113,4 +133,3 @@ class Lifeline:
         """Close this process's end, without a signal."""
         self._ours.close()
         self.theirs.close()
-

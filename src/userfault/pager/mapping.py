@@ -2,16 +2,16 @@
 
 Some facts
 ----------
-* `mmap.mmap` counts the buffers that are exported from it, and refuses to close while there are any.  That count is why
-  the memory is an `mmap` object.  But it also keeps a duplicate of its descriptor for ever (until Python 3.13's
-  `trackfd=False`), and a thousand regions would be a thousand descriptors.  So the object is made over nothing, and the
-  memfd is mapped over its addresses (`MAP_FIXED`); when it unmaps them it does the right thing.
-* Addresses that are unmapped may be used again at once, by another region too.  A `UFFDIO_COPY` of a worker that did not
-  yet know would land in it.  So the worker is told first and answers before anything is unmapped.
+* `mmap.mmap` counts the buffers that are exported from it, and refuses to close while there are any.  That count is
+  why the memory is an `mmap` object.  But it also keeps a duplicate of its descriptor for ever (until Python 3.13's
+  `trackfd=False`), and a thousand regions would be a thousand descriptors.  So the object is made over nothing, and
+  the memfd is mapped over its addresses (`MAP_FIXED`); when it unmaps them it does the right thing.
+* Addresses that are unmapped may be used again at once, by another region too.  A `UFFDIO_COPY` of a worker
+  that did not yet know would land in it.  So the worker is told first and answers before anything is unmapped.
 * When a range leaves userfaultfd its holes read as zeros.  So at the end inaccessible memory is mapped over the range,
   in one step, and only then are those woken who may still wait there: they meet SIGSEGV, never a zero.
-* `MADV_DONTFORK`: a child does not inherit the range.  But it inherits the Python object, which will one day unmap those
-  addresses, whatever the child has there by then.  So in the child they are reserved right after the fork.
+* `MADV_DONTFORK`: a child does not inherit the range.  But it inherits the Python object, which will one day unmap
+  those addresses, whatever the child has there by then.  So in the child they are reserved right after the fork.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import os
 import weakref
 
 from userfault.blocks import ledger as book
-from userfault.blocks.geometry import Geometry
 from userfault.blocks.ledger import Layout, Ledger
 from userfault.errors import KernelError
 from userfault.kernel import abi, memfd, memory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from userfault.blocks.geometry import Geometry
     from userfault.kernel.userfaultfd import Userfaultfd
     from userfault.pager.client import Link, Pager
     from userfault.pager.recipe import Recipe
@@ -49,7 +49,9 @@ class Mapping(mmap.mmap):
     link: Link
     _owner: int
 
-    def begin(self, pager: Pager, identity: int, geometry: Geometry, mode: str, budget: int | None, recipe: Recipe) -> int:
+    def begin(
+        self, pager: Pager, identity: int, geometry: Geometry, mode: str, budget: int | None, recipe: Recipe
+    ) -> int:
         """Put a fresh region in place of the empty memory; return its memfd, for the pager.
 
         Raises:
@@ -138,6 +140,7 @@ def new_mapping(size: int, mode: str) -> Mapping:
 def _reserve_in_child() -> None:
     """Keep the addresses of the parent's regions free of anything else: a touch is a SIGSEGV."""
     for mapping in list(_alive):
+        mapping.ledger.close()  # it is shared memory: through it the child would pin, and keep the data alive
         try:
             flags = _RESERVED | abi.MAP_FIXED_NOREPLACE
             memory.map_memory(mapping.length, prot=0, flags=flags, address=mapping.address)

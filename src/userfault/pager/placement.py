@@ -1,9 +1,9 @@
 """Which core the fault loop runs on.
 
-Where the pager runs decides more than what it is written in: on virtual machines a fault costs 4 to 5 µs when the pager
-runs on the faulting thread's core, because nobody sleeps long enough to be woken by an interrupt, and some 50 µs when it
-has to be woken on another.  So the loop follows the thread that faults.  The thread's id is in the message, its core in
-`/proc/PID/task/TID/stat`; that costs about 5 µs, so each thread is looked up at most every `PERIOD_NS`.
+Where the pager runs decides more than what it is written in: on virtual machines a fault costs 4 to 5 µs when the
+pager runs on the faulting thread's core, because nobody sleeps long enough to be woken by an interrupt, and some 50 µs
+when it has to be woken on another.  So the loop follows the thread that faults.  The thread's id is in the message, its
+core in `/proc/PID/task/TID/stat`; that costs about 5 µs, so each thread is looked up at most every `PERIOD_NS`.
 
 Following is for one thread (or several on one core).  When threads on several cores fault, the loop lets go and the
 kernel's scheduler decides.  A thread that spins in the kernel (see `faults`) would starve a loop on its own core: then

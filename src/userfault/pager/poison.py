@@ -6,7 +6,10 @@ import errno
 import time
 
 from userfault.blocks.geometry import PAGE_SIZE
-from userfault.kernel.userfaultfd import Userfaultfd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from userfault.kernel.userfaultfd import Userfaultfd
 
 CHUNK = 1 << 30
 PATIENCE = 1000
@@ -22,6 +25,8 @@ def poison(uffd: Userfaultfd, address: int, length: int) -> int:
     while address < end:
         done, error = uffd.poison(address, min(CHUNK, end - address))
         address += done
+        if done:  # whatever stopped it, the next call will say
+            continue
         if error == errno.EEXIST:  # a page is there: skip it, but not whoever waits for it
             uffd.wake(address, PAGE_SIZE)
             address += PAGE_SIZE

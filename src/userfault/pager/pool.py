@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from userfault.pager.served import Served
 
-ABSENT, FILLING, CLEAN, FAILED = (int(s) for s in (BlockState.ABSENT, BlockState.FILLING, BlockState.CLEAN, BlockState.FAILED))
+ABSENT, FILLING, CLEAN, FAILED = (
+    int(s) for s in (BlockState.ABSENT, BlockState.FILLING, BlockState.CLEAN, BlockState.FAILED)
+)
 IDLE_S = 5.0
 """After which a thread with nothing to do ends (Java's cached pools wait a minute; ours start in 0.1 ms)."""
 
@@ -35,7 +37,14 @@ class Request:
     """
 
     def __init__(
-        self, region: Served, first: int, stop: int, done: Callable[[Request], None], *, write: bool, retry: bool
+        self,
+        region: Served,
+        first: int,
+        stop: int,
+        done: Callable[[Request], None],
+        *,
+        write: bool,
+        retry: bool,
     ) -> None:
         self.region = region
         self.write = write and region.protects
@@ -226,5 +235,6 @@ def pool_of(region: Served) -> Pool:
     """Return the pool of a region; it exists from the first need on."""
     if region.pool is None:
         with region.lock:
-            region.pool = region.pool or Pool(region)
+            if region.pool is None:  # another thread may have been quicker
+                region.pool = Pool(region)
     return region.pool

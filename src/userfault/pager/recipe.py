@@ -17,12 +17,11 @@ from _pickle import dumps, loads  # the C half: the Python half drags in half of
 
 from userfault.blocks.geometry import PAGE_SIZE, round_up
 from userfault.errors import StoreError
+from userfault.stores.base import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pickle import PickleBuffer
-
-    from userfault.stores.base import Store
 
 _LENGTH = struct.Struct("=Q")
 _REMEDY = (
@@ -44,7 +43,9 @@ class Recipe:
         """
         kind = type(store)
         if kind.__module__ == "__main__":
-            raise StoreError(f"class {kind.__qualname__} is defined in __main__, which no other process can import; {_REMEDY}")
+            raise StoreError(
+                f"class {kind.__qualname__} is defined in __main__, which no other process can import; {_REMEDY}"
+            )
         buffers: list[PickleBuffer] = []
         try:
             pickled = dumps(store, protocol=5, buffer_callback=buffers.append)
@@ -95,6 +96,27 @@ def load(recipe: memoryview) -> Store:
         cause = f"{type(error).__name__}: {error}"
         raise StoreError(f"the pager could not make the store; {_REMEDY}", cause=cause) from error
     return store
+
+
+class LateStore(Store):
+    """Stands for a store that a former worker had and this one could not make again; each read tries once more.
+
+    So one data base that is down fails its own region's blocks, and not the worker with all its regions.
+    """
+
+    concurrency = 1
+
+    def __init__(self, recipe: memoryview, size: int) -> None:
+        self.size = size
+        self._recipe = recipe
+        self._store: Store | None = None
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Make the store if there is none yet, and read from it."""
+        store = self._store = self._store or load(self._recipe)
+        if store.size != self.size:
+            raise StoreError(f"the store has {store.size} bytes now, and had {self.size}")
+        store.read_into(offset, buffer)
 
 
 def _extend_path(path: list[str]) -> None:

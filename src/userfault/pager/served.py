@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import errno
 import mmap
-import sys
 import time
 from collections import deque
 from threading import Lock
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
 
     from userfault.kernel.userfaultfd import Userfaultfd
     from userfault.pager.pool import Pool, Request
+    from userfault.stores.base import Store
 
 ABSENT, FILLING, CLEAN, PRIVATE, EVICTING, FAILED = (
     int(s)
@@ -60,6 +60,10 @@ INSTALLING = object()
 UNLIMITED = 1 << 62
 PATIENCE = 200
 """How often a refusal that may pass (EAGAIN, ENOMEM) is tried again, 1 ms apart at first: ~1 s in all."""
+
+
+def _nothing() -> None:
+    pass
 
 
 class Staging:
@@ -83,11 +87,11 @@ class Staging:
 class Served:
     """One region. Its methods are called by the owner of the block that they name, unless they say otherwise."""
 
-    def __init__(self, fd: int, uffd: Userfaultfd) -> None:
-        """Take a region over from its memfd, whatever a former worker left.
+    def __init__(self, fd: int, uffd: Userfaultfd, *, again: bool = False) -> None:
+        """Take a region on from its memfd; `again` says that a former worker has served it.
 
         Raises:
-            StoreError: if its store cannot be made here, or is not what it was.
+            StoreError: if its store cannot be made here, or is not what it was; never `again`, then its reads fail.
         """
         self.fd = fd
         self.uffd = uffd
@@ -124,26 +128,28 @@ class Served:
         self.tally = [0] * (book.HISTOGRAM + book.BUCKETS)
         self.published = words[book.COUNTERS : book.HISTOGRAM + book.BUCKETS].tolist()
         self.pool: Pool | None = None
-        self.on_filled: Callable[[], None] = int
+        self.on_filled: Callable[[], None] = _nothing
         """Called after each block that was brought in by another way than the fault loop's own."""
         try:
-            self.store = recipe.load(self.ledger.recipe)
-            self._check_store()
+            self.store = self._make_store()
         except BaseException:
-            self.ledger.close()
-            raise
+            if not again:
+                self.ledger.close()
+                raise
+            self.store = recipe.LateStore(self.ledger.recipe, geometry.size)
         self.locate = self.store.locate
         self.inline = self.store.concurrency == 0
 
-    def _check_store(self) -> None:
-        size = self.store.size
-        if size != self.geometry.size:
+    def _make_store(self) -> Store:
+        store = recipe.load(self.ledger.recipe)
+        if store.size != self.geometry.size:
             raise StoreError(
-                f"the store has {size} bytes, but had {self.geometry.size} when the region was opened",
-                store=self.store.describe(),
+                f"the store has {store.size} bytes, but had {self.geometry.size} when the region was opened",
+                store=store.describe(),
             )
+        return store
 
-    # -- numbers ----------------------------------------------------------------------------------------------------
+    # -- numbers ---------------------------------------------------------------------------------------------
 
     def byte_range(self, first: int, stop: int) -> tuple[int, int]:
         """Return `(start, end)` of a run of blocks, in bytes of the memory: whole pages."""
@@ -185,7 +191,7 @@ class Served:
         words[book.PRIVATE] = self.private_blocks * self.block_size
         words[book.CPU] = cpu & (1 << 64) - 1
 
-    # -- claims -----------------------------------------------------------------------------------------------------
+    # -- claims ----------------------------------------------------------------------------------------------
 
     def release(self, block: int) -> None:
         """Give a claim back, and let the requests that met it go on."""
@@ -200,7 +206,7 @@ class Served:
         """Let threads that wait in a byte range of the region look again."""
         self.uffd.wake(self.base + start, length)
 
-    # -- bringing a block in ----------------------------------------------------------------------------------------
+    # -- bringing a block in ---------------------------------------------------------------------------------
 
     def bring(self, block: int, staging: Staging, source: int = 0) -> None:
         """Read a block from its store and install it; the caller owns it and has set FILLING. Releases the claim.
@@ -230,7 +236,7 @@ class Served:
     def _read(self, block: int, staging: Staging) -> int:
         """Have the store write a block into `staging`; return the address."""
         offset, length = self.geometry.span(block)
-        got: object = self.store.read_into(offset, staging.view[:length])  # type: ignore[func-returns-value]
+        got: object = self.store.read_into(offset, staging.view[:length])
         if got is not None and got != length:
             raise StoreError(f"read_into returned {got!r} instead of filling the buffer")
         return staging.padded(length)
@@ -247,6 +253,8 @@ class Served:
         while at < end:
             done, error = self.uffd.copy(self.base + at, source + at - start, end - at, mode)
             at += done
+            if done:  # whatever stopped it, the next call will say
+                continue
             if error == errno.EEXIST:
                 at += PAGE_SIZE
             elif error in (errno.EAGAIN, errno.ENOMEM) and impatience < PATIENCE:
@@ -271,12 +279,12 @@ class Served:
             return
         self.states[block] = FAILED
         self.add(book.FAILURES)
-        if len(self.errors) <= failure.LOUD:
-            sys.stderr.write(f"userfault: {reason}; touching it is a SIGBUS until Region.retry()\n")
         start, end = self.byte_range(block, block + 1)
         poison.poison(self.uffd, self.base + start, end - start)
+        if len(self.errors) <= failure.LOUD:
+            failure.report(f"{reason}; touching it is a SIGBUS until Region.retry()")
 
-    # -- faults that are not simply a block to bring ------------------------------------------------------------------
+    # -- faults that are not simply a block to bring ---------------------------------------------------------
 
     def give_write_access(self, block: int) -> None:
         """Make a resident block of a `c` region private and writable, and wake. Leaves the claim."""
@@ -307,7 +315,7 @@ class Served:
         finally:
             self.release(block)
 
-    # -- beginning and end ------------------------------------------------------------------------------------------
+    # -- beginning and end -----------------------------------------------------------------------------------
 
     def recover(self) -> None:
         """Put the states in order that a dead worker left, and wake everybody: read messages are never sent again."""

@@ -30,7 +30,7 @@ from userfault.errors import KernelError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from typing import Any, TypeAlias
 
     Will: TypeAlias = dict[str, Any]  # marshal knows no types: numbers, text and lists of them
@@ -51,6 +51,24 @@ for will in sys.argv[3:]:
     os.posix_spawn(sys.executable, python, os.environ)
 """
 _HOME = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@contextlib.contextmanager
+def standard_descriptors() -> Iterator[None]:
+    """See that 0, 1 and 2 are taken while descriptors are made that the pager will inherit under the same numbers.
+
+    A daemon may have closed its own; the pager's standard streams would then be its userfaultfd and its sockets.
+    """
+    opened = []
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+        opened.append(fd)
+    os.close(fd)
+    try:
+        yield
+    finally:
+        for fd in opened:
+            os.close(fd)
 
 
 def write_will(will: Will) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import time
 
@@ -32,7 +33,9 @@ MAX_STRIKES = 5
 PAUSE_S = 0.02
 """Before the second such start, doubled each time: what kills them at once may pass, such as a lack of memory."""
 STEADY_S = 5.0
-"""A worker that lived this long has not failed to work; there was nothing to do."""
+"""A worker that lived this long and died while nothing was being filled has not failed; there was nothing to do."""
+GRACE_S = 1.0
+"""How long a worker may go on after its application has ended."""
 
 
 class Supervisor:
@@ -66,20 +69,32 @@ class Supervisor:
         os.close(own)
 
     def watch_worker(self) -> None:
-        """Listen until the worker is dead, everything it said has been read, and act on none of it but keeping."""
+        """Listen until the worker is dead and everything it said has been read."""
         poll = select.poll()
         poll.register(self.ward, select.POLLIN)
+        poll.register(self.will["application"], select.POLLIN)
+        grace = None
         while True:
-            ready = [fd for fd, _ in poll.poll()]
+            ready = [fd for fd, _ in poll.poll(grace)]
+            if not ready:
+                self.kill_worker()
+            if self.will["application"] in ready:
+                poll.unregister(self.will["application"])
+                grace = GRACE_S * 1000
             if self.ward.fileno() in ready and self.listen():
                 if self.worker >= 0:
                     poll.register(self.worker, select.POLLIN)
-                continue
-            if self.worker >= 0 and self.worker not in ready:
+            elif self.ward.fileno() in ready and self.worker >= 0 and self.worker not in ready:
                 poll.unregister(self.ward)  # end-of-file; wait for the process itself
-                continue
-            break
+            elif self.ward.fileno() in ready or self.worker in ready:
+                break
         self.bury()
+
+    def kill_worker(self) -> None:
+        """End a worker that outlives its application: it hangs in a store, with its GIL in hand, or is stopped."""
+        if self.worker >= 0:
+            with contextlib.suppress(OSError):
+                process.pidfd_send_signal(self.worker, signal.SIGKILL)
 
     def listen(self) -> bool:
         """Take one message of the worker; False at end-of-file."""
@@ -118,7 +133,7 @@ class Supervisor:
 
     def replace_worker(self) -> None:
         """Start another worker, or give up."""
-        if time.monotonic() - self.born > STEADY_S:
+        if time.monotonic() - self.born > STEADY_S and not any(map(ledger.was_filling, self.regions.values())):
             self.strikes = 0
         if self.strikes >= MAX_STRIKES:
             self.give_up()
@@ -128,7 +143,11 @@ class Supervisor:
         self.strikes += 1
         self.born = time.monotonic()
         self.ward, theirs = wire.pair()
-        will = self.will | {"ward": theirs.fileno(), "regions": list(self.regions.items()), "strikes": self.strikes}
+        will = self.will | {
+            "ward": theirs.fileno(),
+            "regions": list(self.regions.items()),
+            "strikes": self.strikes,
+        }
         with contextlib.suppress(OSError):  # could not be started: counts as one that died
             spawn.start_successor(spawn.WORKER, will)
         theirs.close()
@@ -138,13 +157,14 @@ class Supervisor:
         """Fail every region loudly, say so, and hold the lifeline until the application ends."""
         uffd = Userfaultfd(self.will["uffd"])
         for fd in self.regions.values():
-            words = memoryview(os.pread(fd, PAGE_SIZE, os.fstat(fd).st_size - PAGE_SIZE)).cast("Q")
+            words = ledger.read_words(fd)
             poison.poison(uffd, words[ledger.W_ADDRESS], -(-words[ledger.W_SIZE] // PAGE_SIZE) * PAGE_SIZE)
         with contextlib.suppress(OSError):
             reason = f"{self.strikes} workers in a row died before they had filled a block".encode()
             wire.send(self.control, wire.Message(wire.LOST, text=reason), socket.MSG_DONTWAIT)
         poll = select.poll()
         poll.register(self.will["application"], select.POLLIN)
+        poll.register(self.control, 0)  # it hangs up when the application closes its pager
         poll.poll()
         self.finished = True
 

@@ -40,7 +40,7 @@ def run(will: Will) -> None:
 
 def take_over(fd: int, uffd: Userfaultfd, control: Control) -> None:
     """Serve a region that a dead worker served."""
-    region = Served(fd, uffd)
+    region = Served(fd, uffd, again=True)
     region.recover()
     control.adopt(region)
 

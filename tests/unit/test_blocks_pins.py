@@ -1,0 +1,153 @@
+"""Pins: counts in shared memory that nobody may lose, and limits that leave nothing changed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from threading import Barrier, Thread
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from userfault.blocks.pins import MOST, Pins
+
+if TYPE_CHECKING:
+    from userfault.blocks.ledger import Ledger
+
+MANY = 1 << 62
+
+
+def book_of(blocks: int) -> Ledger:
+    return cast("Ledger", SimpleNamespace(pins=memoryview(bytearray(blocks))))
+
+
+def test_pins_count_up_and_down() -> None:
+    ledger = book_of(10)
+    pins = Pins(ledger)
+    pins.add(2, 5, MANY)
+    pins.add(4, 6, MANY)
+    assert bytes(ledger.pins) == bytes([0, 0, 1, 1, 2, 1, 0, 0, 0, 0])
+    assert pins.blocks == 4
+    pins.remove(2, 5)
+    assert bytes(ledger.pins) == bytes([0, 0, 0, 0, 1, 1, 0, 0, 0, 0])
+    assert pins.blocks == 2
+    pins.remove(4, 6)
+    assert not any(ledger.pins)
+    assert pins.blocks == 0
+
+
+def test_an_empty_range_pins_nothing() -> None:
+    ledger = book_of(3)
+    pins = Pins(ledger)
+    pins.add(0, 0, 0)
+    pins.remove(0, 0)
+    assert not any(ledger.pins)
+
+
+def test_more_than_the_budget_is_refused_and_changes_nothing() -> None:
+    ledger = book_of(10)
+    pins = Pins(ledger)
+    pins.add(0, 3, 4)
+    with pytest.raises(ValueError, match=r"5 blocks .* holds 4"):
+        pins.add(5, 7, 4)
+    assert bytes(ledger.pins) == b"\1\1\1" + bytes(7)
+    pins.add(1, 4, 4)  # two of these count already
+    assert pins.blocks == 4
+
+
+def test_a_block_is_pinned_255_times_and_no_more() -> None:
+    ledger = book_of(3)
+    pins = Pins(ledger)
+    for _ in range(MOST):
+        pins.add(1, 2, MANY)
+    with pytest.raises(ValueError, match="pinned 255 times"):
+        pins.add(0, 3, MANY)
+    assert bytes(ledger.pins) == bytes([0, MOST, 0])
+    for _ in range(MOST):
+        pins.remove(1, 2)
+    assert pins.blocks == 0
+
+
+def test_ranges_longer_than_one_step_are_counted_whole() -> None:
+    ledger = book_of(200_001)
+    pins = Pins(ledger)
+    pins.add(1, 200_000, MANY)
+    pins.add(131_072, 131_073, MANY)
+    assert pins.blocks == 199_999
+    assert ledger.pins[131_072] == 2
+    assert ledger.pins[0] == ledger.pins[200_000] == 0
+    pins.remove(1, 200_000)
+    assert pins.blocks == 1
+
+
+@pytest.fixture
+def frequent_switches() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_no_pin_is_lost_between_threads(frequent_switches: None) -> None:
+    ledger = book_of(64)
+    pins = Pins(ledger)
+    start = Barrier(8)
+
+    def work(number: int) -> None:
+        start.wait()
+        for step in range(200):
+            first = (number * 7 + step) % 60
+            pins.add(first, first + 4, MANY)
+            pins.remove(first, first + 4)
+
+    threads = [Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(ledger.pins)
+    assert pins.blocks == 0
+
+
+class PinsMachine(RuleBasedStateMachine):
+    """Pins against a list of the ranges that are held."""
+
+    blocks = 12
+
+    @initialize(most=st.integers(1, 14))
+    def begin(self, most: int) -> None:
+        self.most = most
+        self.ledger = book_of(self.blocks)
+        self.pins = Pins(self.ledger)
+        self.held: list[tuple[int, int]] = []
+
+    def counts(self, held: list[tuple[int, int]]) -> list[int]:
+        return [sum(first <= block < stop for first, stop in held) for block in range(self.blocks)]
+
+    @rule(first=st.integers(0, 12), length=st.integers(0, 12))
+    def add(self, first: int, length: int) -> None:
+        stop = min(first + length, self.blocks)
+        wanted = self.counts([*self.held, (first, stop)])
+        if sum(map(bool, wanted)) <= self.most:
+            self.pins.add(first, stop, self.most)
+            self.held.append((first, stop))
+        else:
+            with pytest.raises(ValueError, match="pinned at once"):
+                self.pins.add(first, stop, self.most)
+
+    @precondition(lambda self: self.held)
+    @rule(which=st.integers(0, 1000))
+    def remove(self, which: int) -> None:
+        self.pins.remove(*self.held.pop(which % len(self.held)))
+
+    @invariant()
+    def the_ledger_says_what_is_held(self) -> None:
+        wanted = self.counts(self.held)
+        assert list(self.ledger.pins) == wanted
+        assert self.pins.blocks == sum(map(bool, wanted))
+
+
+TestPins = PinsMachine.TestCase
