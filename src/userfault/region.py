@@ -23,6 +23,7 @@ from userfault.pager.recipe import Recipe
 from userfault.pager.wire import Message
 from userfault.stats import RegionStats, read_stats
 from userfault.stores import Store
+from userfault.stores.base import check_store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -314,6 +315,10 @@ class Region:
         self._closed = True
         self._forsake(self._map)
 
+    def views(self) -> int:
+        """Count the buffers that are exported from the memory: memoryviews, and what was made from them."""
+        return 0 if self.closed else self._map.views()
+
     def revoke(self) -> None:
         """Take the memory away, also from views that are alive: to touch one is a SIGSEGV from then on.
 
@@ -360,15 +365,13 @@ def _check_store(store: object) -> Store:
         raise TypeError(
             f"store must be a userfault.stores.Store, not {type(store).__name__}; for a path use FileStore(path)"
         )
-    if store.size <= 0:
-        raise ValueError(f"{store.describe()} has {store.size} bytes; a region needs at least one")
-    return store
+    return check_store(store)
 
 
 def _check_mode(mode: object) -> str:
     if mode == "r+":
         raise ValueError("mode 'r+' would write back, which no store can do yet; 'c' keeps changes in memory")
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(f"mode must be 'r' or 'c', got {mode!r}")
     return str(mode)
 

@@ -61,13 +61,6 @@ class TestPatternStore(StoreTests):
         return pages[offset % 4096 :][: end - offset]
 
 
-class TestPatternInMemory(StoreTests):
-    data = PatternStore(100001).expected(0, 100001)
-
-    def make_store(self, data: bytes, tmp_path: Path) -> Store:
-        return PatternStore(len(data), concurrency=0)
-
-
 class TestCountingStore(StoreTests):
     def make_store(self, data: bytes, tmp_path: Path) -> Store:
         return CountingStore(MemoryStore(data), tmp_path / "log")

@@ -22,7 +22,7 @@ from userfault.stores import FileStore, descriptors, page_cache
 from userfault.stores import file as file_module
 from userfault.stores.belief import CHUNK
 from userfault.testing import no_leaks, run_child, touch
-from userfault.testing.stores import read_bytes
+from userfault.testing.reading import read_bytes
 
 PAGE = memory.PAGE_SIZE
 BLOCK = 65536

@@ -11,7 +11,7 @@ import pytest
 from userfault.kernel.memory import address_of
 from userfault.stores import MemoryStore
 from userfault.testing import touch
-from userfault.testing.stores import read_bytes
+from userfault.testing.reading import read_bytes
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda data: array.array("H", data)])

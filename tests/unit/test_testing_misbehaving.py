@@ -15,6 +15,7 @@ import userfault.testing
 from userfault.errors import StoreError
 from userfault.stores import MemoryStore, Store, check_store
 from userfault.testing import (
+    ChildError,
     CountingStore,
     CrashingStore,
     FailingStore,
@@ -28,7 +29,7 @@ from userfault.testing import (
     WrongErrorStore,
     run_child,
 )
-from userfault.testing.stores import read_bytes
+from userfault.testing.reading import read_bytes, read_elsewhere
 
 SIZE = 100_000
 PATTERN = PatternStore(SIZE)
@@ -170,23 +171,22 @@ def test_an_error_without_a_text() -> None:
             str(error)
 
 
-def read_there(pickled: bytes, offset: int) -> bytes:
-    return read_bytes(pickle.loads(pickled), offset, 10)
-
-
 @pytest.mark.parametrize(
     ("how", "status"),
     [("exit", 3), ("segv", -signal.SIGSEGV), ("abort", -signal.SIGABRT), ("kill", -signal.SIGKILL)],
 )
 def test_a_crashing_store_crashes_as_told(how: str, status: int) -> None:
-    assert run_child(read_there, pickle.dumps(CrashingStore(SIZE, how)), 0).status == status
+    with pytest.raises(ChildError, match="the child failed") as caught:
+        read_elsewhere(CrashingStore(SIZE, how), [(0, 10)])
+    assert caught.value.result.status == status
 
 
 def test_a_crashing_store_crashes_once(tmp_path: Path) -> None:
-    store = pickle.dumps(CrashingStore(SIZE, "exit", once=tmp_path / "crashed"))
+    store = CrashingStore(SIZE, "exit", once=tmp_path / "crashed")
 
-    assert run_child(read_there, store, 7).status == 3
-    assert run_child(read_there, store, 7).check().value == PATTERN.expected(7, 10)
+    with pytest.raises(ChildError, match="status 3"):
+        read_elsewhere(store, [(7, 10)])
+    assert read_elsewhere(store, [(7, 10)]) == [PATTERN.expected(7, 10)]
 
 
 def test_a_crashing_store_crashes_only_where_it_is_told() -> None:

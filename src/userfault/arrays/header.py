@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
+from tokenize import TokenError
 
 import numpy as np
 from numpy.lib import format as npy
@@ -71,15 +72,25 @@ def _header_length(start: bytes) -> int:
 def _parse(start: bytes, name: str) -> Header:
     file = io.BytesIO(start)
     try:
-        version = npy.read_magic(file)
-        reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        if version == (3, 0):
-            shape, fortran, dtype = _read_version_3(file)
-        else:
-            shape, fortran, dtype = reader(file)
-    except ValueError as error:
+        shape, fortran, dtype = _read_fields(file, npy.read_magic(file))
+    except (ValueError, TokenError) as error:
         raise ValueError(f"{name} has a damaged .npy header: {error}") from error
     return Header(shape, check_dtype(dtype, name), "F" if fortran else "C", file.tell())
+
+
+def _read_fields(file: io.BytesIO, version: tuple[int, int]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    if version == (1, 0):
+        fields = npy.read_array_header_1_0(file)
+    elif version == (2, 0):
+        fields = npy.read_array_header_2_0(file)
+    elif version == (3, 0):
+        fields = _read_version_3(file)
+    else:
+        raise ValueError(f"version {version[0]}.{version[1]} is not 1.0, 2.0 or 3.0")
+    shape = fields[0]
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"shape {shape} is not a tuple of numbers from 0 on")
+    return fields
 
 
 def _read_version_3(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -92,9 +103,13 @@ def _read_version_3(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[A
 
     try:
         fields = ast.literal_eval(text.decode())
-        return tuple(fields["shape"]), bool(fields["fortran_order"]), npy.descr_to_dtype(fields["descr"])
+        shape, fortran, descr = fields["shape"], fields["fortran_order"], fields["descr"]
+        dtype = npy.descr_to_dtype(descr)
     except (SyntaxError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from error
+    if type(shape) is not tuple or type(fortran) is not bool:
+        raise ValueError(f"shape {shape!r} is no tuple, or fortran_order {fortran!r} is not True or False")
+    return shape, fortran, dtype
 
 
 def check_dtype(dtype: object, name: str) -> np.dtype[Any]:

@@ -82,6 +82,32 @@ class PagedArray(np.ndarray):  # generic in stubs only
         """Pickle the values, as any array; with protocol 5 and a buffer callback, out of band."""
         return np.asarray(self).__reduce_ex__(protocol)
 
+    # What would hold this object itself, uncounted, is made from a plain array over the same memory: that one counts.
+
+    def view(self, *args: Any, **kwargs: Any) -> Any:
+        """As `numpy.ndarray.view`."""
+        kinds = [kind for kind in (*args, *kwargs.values()) if isinstance(kind, type) and issubclass(kind, np.ndarray)]
+        source = self if all(issubclass(kind, PagedArray) for kind in kinds) else np.asarray(self)
+        return np.ndarray.view(source, *args, **kwargs)
+
+    @property
+    def ctypes(self) -> Any:
+        """As `numpy.ndarray.ctypes`."""
+        return np.asarray(self).ctypes
+
+    @property
+    def flat(self) -> Any:
+        """As `numpy.ndarray.flat`."""
+        return np.asarray(self).flat
+
+    @flat.setter
+    def flat(self, value: Any) -> None:
+        np.asarray(self).flat = value  # type: ignore[misc]  # NumPy's stubs forget that it can be set
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        """As `numpy.ndarray.__dlpack__`."""
+        return np.asarray(self).__dlpack__(**kwargs)
+
     @property
     def region(self) -> Region:
         """The region beneath.
@@ -138,6 +164,7 @@ class PagedArray(np.ndarray):  # generic in stubs only
         if lease is None:
             return
         if _other_views(self, lease):
+            del lease  # or the traceback of this very error would hold it
             raise BufferError(
                 "another view of the array is alive: delete the slices, arrays and buffers made from it first"
             )
@@ -160,7 +187,10 @@ class PagedArray(np.ndarray):  # generic in stubs only
 def _other_views(array: PagedArray, lease: _Lease) -> bool:
     slices = sys.getrefcount(lease) - 4  # the array's; ours, the caller's and getrefcount's
     arrays = sys.getrefcount(lease.root) - 3  # the lease's; the array's base; getrefcount's
-    if slices or arrays:
+    base = array.base
+    if isinstance(base, PagedArray) and sys.getrefcount(base) == 3:  # the array's; ours; getrefcount's
+        slices -= 1  # the array is a slice, and the one that it was made from has no other holder
+    if slices or arrays or lease.region.views() > 1:  # the root's own
         return True
     return any(type(holder).__name__ in _BUFFER_HOLDERS for holder in gc.get_referrers(array))
 

@@ -1,8 +1,11 @@
 """The process that answers faults: a supervisor and its worker, and the application's side of them.
 
-`client` is the application's side; `supervisor` and `worker` are the two processes; `wire` is what they say to each
-other, `spawn` how they come to be.  The worker is made of `faults` (the loop), `served` (a region as the worker sees
-it), `pool` (reads that may wait), `evict` (the budget), `placement` (which core) and `control` (requests).
+The application's side: `client` (what users hold), `link` (the connection), `mapping` (a region's memory), `lifeline`.
+The two processes: `supervisor` and `worker`, with `wire` for what all of them say to each other, `spawn` and `boot` for
+how they come to be, `recipe` for how a store travels.
+
+The worker's parts: `faults` (the loop), `served` (a region as the worker sees it), `pool` (reads that may wait), `evict`
+(the budget), `poison` and `failure`, `placement` (which core), `counters`, and `control` (requests).
 """
 
 from __future__ import annotations

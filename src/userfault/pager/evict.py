@@ -9,6 +9,7 @@ the kernel, its message was read and ignored, and it must look again.
 
 from __future__ import annotations
 
+from userfault.blocks import ledger
 from userfault.blocks.states import BlockState
 from userfault.errors import KernelError
 from userfault.kernel import memfd
@@ -95,7 +96,7 @@ def _drop_run(region: Served, first: int, stop: int) -> int:
     region.wake(start, end - start)
     if after == CLEAN:
         return 0
-    region.count_evicted(stop - first)
+    region.counters.add(ledger.EVICTIONS, stop - first)
     return end - start
 
 

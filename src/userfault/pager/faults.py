@@ -9,9 +9,9 @@ Some facts about userfaultfd, and what follows
 * A thread that faults inside a system call and has a signal pending cannot sleep and cannot leave the system call
   either: it spins in the kernel, and sends the same message some hundred thousand times a second until the page is
   there.  A loop that answered each one would serve nobody else.  So a message about a block that somebody is working on
-  costs one look-up; after `STREAK` of them in a row from one thread the loop leaves that thread's core, and takes a
-  short rest before it reads again: at most about a thousand such messages a second are handled, and other threads wait
-  a millisecond at the very most.
+  costs one look-up; a thread that sleeps asks once, so after `STREAK` repeated questions without a lull the loop leaves
+  that core and takes a short rest before each further one: at most about a thousand such messages a second are handled,
+  and other threads wait a few milliseconds at the very most.
 * `UFFDIO_COPY` from a mapped file whose pages have left the page cache waits for the disk.  So a store says what is hot
   (`Store.locate`), and the rest goes to the pool.
 
@@ -48,6 +48,8 @@ READING = object()
 MESSAGES = 64
 STREAK = 64
 REST_S = 0.001
+LULL_NS = 20_000_000
+THREADS = 4096
 _QUICK = tuple(book.bucket_of(i << 8) for i in range(4096))
 """Latency bucket by units of 256 ns, up to 1 ms: a look-up instead of a search."""
 _ABSENT, _FILLING, _CLEAN, _PRIVATE = (
@@ -70,7 +72,9 @@ class FaultLoop:
         self.on_filled: Callable[[], None] = _nothing
         self._table: tuple[tuple[int, ...], tuple[Served, ...]] = ((), ())
         self._staging = Staging(2 << 20)
-        self._streak = (0, 0)
+        self._asked: dict[int, tuple[int, int]] = {}
+        """By thread: the region and block of its last message that was ignored. A thread that sleeps asks once."""
+        self._repeats = self._repeated = 0
 
     def add(self, region: Served) -> None:
         """Answer the faults of a region from now on."""
@@ -122,12 +126,12 @@ class FaultLoop:
                         region.states,
                         region.claims,
                         region.waiters,
-                        region.histogram,
+                        region.counters.histogram,
                     )
                     locate, private = region.locate, region.private
                 block = (address - base) >> shift
                 if claims.setdefault(block, claim) is not claim:
-                    self._ignore(region, tid, start)
+                    self._ignore(region, block, tid, start)
                     continue
                 if region.closing:
                     base = end = 0  # its addresses may be somebody else's by now: look again
@@ -160,14 +164,22 @@ class FaultLoop:
         self.filled = True
         self.on_filled()
 
-    def _ignore(self, region: Served, tid: int, now: int) -> None:
+    def _ignore(self, region: Served, block: int, tid: int, now: int) -> None:
         """A message about a block that somebody is working on: they will wake the thread."""
-        region.duplicates += 1
-        last, streak = self._streak
-        self._streak = tid, streak + 1 if tid == last else 1
-        if self._streak[1] > STREAK:
+        region.counters.duplicates += 1
+        question = (region.id, block)
+        if self._asked.get(tid) != question:
+            if len(self._asked) >= THREADS:
+                self._asked.clear()
+            self._asked[tid] = question
+            return
+        if now - self._repeated > LULL_NS:
+            self._repeats = 0
+        self._repeated = now
+        self._repeats += 1
+        if self._repeats > STREAK:
             self.placement.flee(now)
-            time.sleep(REST_S)  # a limit on the rate at which a spinning thread is listened to
+            time.sleep(REST_S)  # a limit on the rate at which spinning threads are listened to
 
     def _settle(self, region: Served, block: int) -> None:
         """Let the requests go on that met our claim, which is released already."""
@@ -181,7 +193,7 @@ class FaultLoop:
         source = source or region.at_hand(block, self._staging)
         if source or region.inline:
             region.bring(block, self._staging, source)
-            region.record(time.perf_counter_ns() - start)
+            region.counters.record(time.perf_counter_ns() - start)
         else:
             region.claims[block] = READING
             pool_of(region).demand(block, start)
@@ -191,6 +203,8 @@ class FaultLoop:
         if flags & abi.UFFD_PAGEFAULT_FLAG_WP and region.states[block] in (_CLEAN, _PRIVATE):
             region.give_write_access(block)
             region.release(block)
-            region.record(time.perf_counter_ns() - start)
+            region.counters.record(time.perf_counter_ns() - start)
+        elif region.is_mended(block, address):
+            region.release(block)
         else:
-            region.mend(block, address, self._staging)
+            self._demand(region, block, 0, start)

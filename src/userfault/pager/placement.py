@@ -42,7 +42,7 @@ class Placement:
         if (known and now - known[1] < PERIOD_NS) or now < self._until:
             return
         cpu = process.task_cpu(self._pid, thread)
-        if cpu is None or cpu not in self._home:
+        if cpu is None:
             return
         self._seen[thread] = (cpu, now)
         recent = {t: (c, when) for t, (c, when) in self._seen.items() if now - when < MEMORY_NS}

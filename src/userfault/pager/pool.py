@@ -67,12 +67,9 @@ class Request:
 
     def again(self, block: int) -> None:
         """Look at a block once more: whoever had claimed it is done."""
-        self._repeat.append(block)
-        self.region_pool().wants(self)
-
-    def region_pool(self) -> Pool:
-        """Return the pool of the region."""
-        return pool_of(self.region)
+        if not self.region.closing:
+            self._repeat.append(block)
+            pool_of(self.region).wants(self)
 
     def settle(self) -> None:
         """One block of the range is settled."""
@@ -138,7 +135,7 @@ class Pool:
             request, block, since = work
             if request is None:
                 self.region.bring(block, staging)
-                self.region.record(time.perf_counter_ns() - since)
+                self.region.counters.record(time.perf_counter_ns() - since)
             else:
                 self._attend(request, block, staging, token)
             with self._changed:

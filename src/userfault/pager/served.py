@@ -7,11 +7,14 @@ the state of a block first *claims* it, with `claims.setdefault(block, token)`: 
 caller the owner or shows that somebody else is.  The owner alone changes the state, and releases the claim when the
 block is at rest again.  There is no lock on the way of a fault.
 
-A fault message that meets a claim is simply ignored, and that is safe, because whoever holds the claim ends by waking
-the block's range: COPY and POISON wake what they install, an eviction wakes after its release.  The thread was already
-asleep in the kernel when its message was read, so a wake that follows reaches it; it then looks again and, if the page
-is still not there, sends another message.  A *request* that meets a claim leaves its name in `waiters` first and then
-tries once more; the owner looks there after its release.  So one of the two always sees the other.
+A fault message that meets a claim is simply ignored, and that is safe, because the thread will be woken by whoever
+holds the claim.  It was already asleep in the kernel when its message was read, so any wake that follows reaches it; it
+then looks again and, if the page is still not there, sends another message.  COPY and POISON wake what they install,
+and after them nothing in the block can fault any more.  Where something can, the wake comes after the release: after an
+eviction, since the pages are gone again, and after a fill that leaves them write-protected.
+
+A *request* that meets a claim leaves its name in `waiters` first and then tries once more; the owner looks there after
+its release.  So one of the two always sees the other.
 
 Closing
 -------
@@ -22,6 +25,7 @@ returns from its store hours later finds the region closing and goes no further.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import time
@@ -35,6 +39,7 @@ from userfault.blocks.states import BlockState
 from userfault.errors import KernelError, StoreError
 from userfault.kernel import abi, memfd, memory
 from userfault.pager import evict, failure, poison, recipe
+from userfault.pager.counters import Counters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -118,15 +123,10 @@ class Served:
         """Resident blocks that may be evicted, oldest first; each stands here once."""
         self.private: set[int] = set()
         """Private blocks that eviction has met and taken out of the order."""
-        self.private_blocks = 0
         self.errors: dict[int, bytes] = {}
         self.closing = False
         self.lock = Lock()
-        self.histogram = [0] * book.BUCKETS
-        self.duplicates = 0
-        """These two are the fault loop's alone; `tally` is for every other thread, under the lock."""
-        self.tally = [0] * (book.HISTOGRAM + book.BUCKETS)
-        self.published = words[book.COUNTERS : book.HISTOGRAM + book.BUCKETS].tolist()
+        self.counters = Counters(words)
         self.pool: Pool | None = None
         self.on_filled: Callable[[], None] = _nothing
         """Called after each block that was brought in by another way than the fault loop's own."""
@@ -159,37 +159,9 @@ class Served:
         """Return how many blocks are in memory."""
         return len(self.order) + len(self.private)
 
-    def add(self, counter: int, amount: int = 1) -> None:
-        """Count something; for any thread but the fault loop's, which has its own histogram."""
-        with self.lock:
-            self.tally[counter] += amount
-
-    def count_evicted(self, blocks: int) -> None:
-        """Count an eviction."""
-        self.add(book.EVICTIONS, blocks)
-
-    def record(self, nanoseconds: int) -> None:
-        """Count a fault that did not end in the fault loop."""
-        self.add(book.HISTOGRAM + book.bucket_of(nanoseconds))
-
     def publish(self, cpu: int) -> None:
-        """Write the counters into the ledger, where the application reads them. Called by the control thread."""
-        words, base = self.ledger.words, self.published
-        with self.lock:
-            tally = self.tally[:]
-        inline = sum(self.histogram)
-        tally[book.FILLED] += inline
-        tally[book.BYTES_READ] += inline * self.block_size
-        for i, count in enumerate(self.histogram):
-            tally[book.HISTOGRAM + i] += count
-        tally[book.FAULTS] = sum(tally[book.HISTOGRAM :])
-        tally[book.DUPLICATES] = self.duplicates
-        for i in range(book.COUNTERS, book.HISTOGRAM + book.BUCKETS):
-            if value := tally[i]:
-                words[i] = base[i - book.COUNTERS] + value
-        words[book.RESIDENT] = self.resident_blocks() * self.block_size
-        words[book.PRIVATE] = self.private_blocks * self.block_size
-        words[book.CPU] = cpu & (1 << 64) - 1
+        """Write the counters into the ledger. Called by the control thread."""
+        self.counters.publish(self.ledger.words, self.block_size, self.resident_blocks(), cpu)
 
     # -- claims ----------------------------------------------------------------------------------------------
 
@@ -211,8 +183,10 @@ class Served:
     def bring(self, block: int, staging: Staging, source: int = 0) -> None:
         """Read a block from its store and install it; the caller owns it and has set FILLING. Releases the claim.
 
-        With a `source` the bytes are at that address of this process already.
+        A PRIVATE block, from which the user has dropped pages, stays PRIVATE, and gets back what is missing.  With a
+        `source` the bytes are at that address of this process already.
         """
+        private = self.states[block] == PRIVATE
         try:
             source = source or self._read(block, staging)
             self.claims[block] = INSTALLING
@@ -220,18 +194,27 @@ class Served:
                 return
             if self.resident_blocks() >= self.limit:
                 evict.make_room(self)
-            self._install(block, source, self.copy_mode)
+            self._install(block, source, 0 if private else self.copy_mode)
         except BaseException as error:  # noqa: BLE001  # a store may raise anything at all
             self.fail(block, error)
         else:
-            self.states[block] = CLEAN
-            self.order.append(block)
-            self.on_filled()
-            with self.lock:
-                self.tally[book.FILLED] += 1
-                self.tally[book.BYTES_READ] += self.geometry.span(block)[1]
+            self._arrived(block, private=private)
         finally:
             self.release(block)
+            if self.protects and not self.closing:  # a thread that went on to write has met the claim
+                self.wake(*self._extent(block))
+
+    def _arrived(self, block: int, *, private: bool) -> None:
+        if not private:
+            self.states[block] = CLEAN
+            self.order.append(block)
+        self.on_filled()
+        self.counters.filled(self.geometry.span(block)[1])
+
+    def _extent(self, block: int) -> tuple[int, int]:
+        """Return offset and length of a block in the memory: whole pages."""
+        start, end = self.byte_range(block, block + 1)
+        return start, end - start
 
     def _read(self, block: int, staging: Staging) -> int:
         """Have the store write a block into `staging`; return the address."""
@@ -248,8 +231,8 @@ class Served:
 
     def _install(self, block: int, source: int, mode: int) -> None:
         """COPY a block into the application, around pages that are there already, and wake."""
-        start, end = self.byte_range(block, block + 1)
-        at, impatience = start, 0
+        start, length = self._extent(block)
+        at, end, impatience = start, start + length, 0
         while at < end:
             done, error = self.uffd.copy(self.base + at, source + at - start, end - at, mode)
             at += done
@@ -268,7 +251,7 @@ class Served:
                 raise KernelError(error, "ioctl(UFFDIO_COPY)", f"block {block}")
             elif error:
                 break
-        self.wake(start, end - start)  # whoever waits on a page that was there already
+        self.wake(start, length)  # whoever waits on a page that was there already
 
     def fail(self, block: int, error: BaseException) -> None:
         """Fail a block: a touch is a SIGBUS from now on, and a request gets the reason."""
@@ -277,10 +260,11 @@ class Served:
         self.errors[block] = failure.encode(reason)
         if self.closing:
             return
-        self.states[block] = FAILED
-        self.add(book.FAILURES)
-        start, end = self.byte_range(block, block + 1)
-        poison.poison(self.uffd, self.base + start, end - start)
+        if self.states[block] != PRIVATE:  # whose other pages hold what the user wrote
+            self.states[block] = FAILED
+        self.counters.add(book.FAILURES)
+        start, length = self._extent(block)
+        poison.poison(self.uffd, self.base + start, length)
         if len(self.errors) <= failure.LOUD:
             failure.report(f"{reason}; touching it is a SIGBUS until Region.retry()")
 
@@ -288,32 +272,33 @@ class Served:
 
     def give_write_access(self, block: int) -> None:
         """Make a resident block of a `c` region private and writable, and wake. Leaves the claim."""
+        self.claims[block] = INSTALLING
+        if self.closing:
+            return
         if self.states[block] != PRIVATE:
             self.states[block] = PRIVATE
-            with self.lock:
-                self.private_blocks += 1
-        start, end = self.byte_range(block, block + 1)
+            self.counters.became_private()
+        start, length = self._extent(block)
         for _ in range(PATIENCE):
-            if self.uffd.write_protect(self.base + start, end - start, 0) != errno.EAGAIN:
+            if self.uffd.write_protect(self.base + start, length, 0) != errno.EAGAIN:
                 return
             time.sleep(0.001)
 
-    def mend(self, block: int, address: int, staging: Staging) -> None:
-        """Answer a missing fault in a block whose state says that nothing is missing. Releases the claim."""
-        state = self.states[block]
+    def is_mended(self, block: int, address: int) -> bool:
+        """Answer a missing fault in a block whose state says that nothing is missing; False if it has to be filled."""
         page = (address - self.base) & -PAGE_SIZE
-        try:
-            if state == FAILED:
-                start, end = self.byte_range(block, block + 1)
-                poison.poison(self.uffd, self.base + start, end - start)
-            elif not any(memfd.data_extents(self.fd, page, page + PAGE_SIZE)):  # the user dropped it: MADV_REMOVE
-                self._install(block, self._read(block, staging), 0 if state == PRIVATE else self.copy_mode)
-            else:
-                self.wake(page, PAGE_SIZE)
-        except BaseException as error:  # noqa: BLE001  # as in bring()
-            self.fail(block, error)
-        finally:
-            self.release(block)
+        if self.states[block] == FAILED:
+            start, length = self._extent(block)
+            poison.poison(self.uffd, self.base + start, length)
+        elif any(memfd.data_extents(self.fd, page, page + PAGE_SIZE)):
+            self.wake(page, PAGE_SIZE)  # the message is old news
+        else:  # the user dropped the page: MADV_REMOVE
+            if self.states[block] == CLEAN:
+                self.states[block] = FILLING
+                with contextlib.suppress(ValueError):
+                    self.order.remove(block)
+            return False
+        return True
 
     # -- beginning and end -----------------------------------------------------------------------------------
 
@@ -329,10 +314,9 @@ class Served:
             self.order.append(block)
         elif state == PRIVATE:
             self.private.add(block)
-            self.private_blocks += 1
+            self.counters.became_private()
         elif state == EVICTING:
-            start, end = self.byte_range(block, block + 1)
-            memfd.punch_hole(self.fd, start, end - start)
+            memfd.punch_hole(self.fd, *self._extent(block))
             self.states[block] = ABSENT
         elif state == FILLING:
             self.states[block] = ABSENT

@@ -10,12 +10,15 @@ each request means "make it so", never "do it once more".
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 
 HEAD = struct.Struct("=BBHIQQQQ")
 MAX_MESSAGE = 32 << 10
 MAX_FDS = 2
+_FD = struct.Struct("=i")
+_ROOM_FOR_FDS = socket.CMSG_SPACE(MAX_FDS * _FD.size)
 
 # Requests of the application.
 OPEN, CLOSE, ENSURE, EVICT, RETRY, SYNC, BYE = range(1, 8)
@@ -88,21 +91,30 @@ def send(sock: socket.socket, message: Message, flags: int = 0) -> None:
     Raises:
         OSError: as sendmsg(2); BlockingIOError with MSG_DONTWAIT if the peer does not read.
     """
-    data = message.encode()
-    if message.fds:
-        socket.send_fds(sock, [data], list(message.fds), flags | socket.MSG_NOSIGNAL)
-    else:
-        sock.send(data, flags | socket.MSG_NOSIGNAL)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _pack_fds(message.fds))] if message.fds else []
+    sock.sendmsg([message.encode()], rights, flags | socket.MSG_NOSIGNAL)
 
 
 def receive(sock: socket.socket, flags: int = 0) -> Message | None:
     """Receive one message; None at end-of-file. Descriptors arrive close-on-exec.
 
+    `socket.recv_fds` of the standard library would do, but ignores its flags (CPython 3.11).
+
     Raises:
         OSError: as recvmsg(2); BlockingIOError with MSG_DONTWAIT if nothing is there.
+        ValueError: if the packet is no message, or was cut off.
     """
     try:
-        data, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE, MAX_FDS, flags | socket.MSG_CMSG_CLOEXEC)
+        data, rights, state, _ = sock.recvmsg(MAX_MESSAGE, _ROOM_FOR_FDS, flags | socket.MSG_CMSG_CLOEXEC)
     except ConnectionResetError:
         return None
-    return decode(data, tuple(fds)) if data else None
+    fds = tuple(fd for _, _, text in rights for (fd,) in _FD.iter_unpack(text[: len(text) & -_FD.size]))
+    if state & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        for fd in fds:
+            os.close(fd)
+        raise ValueError(f"a packet was cut off: {len(data)} bytes, {len(fds)} descriptors")
+    return decode(data, fds) if data else None
+
+
+def _pack_fds(fds: tuple[int, ...]) -> bytes:
+    return b"".join(map(_FD.pack, fds))
