@@ -14,7 +14,7 @@ from threading import Lock
 from userfault.blocks import geometry as units
 from userfault.blocks.geometry import Geometry
 from userfault.blocks.pins import Pins
-from userfault.errors import PagerLostError, RegionClosedError
+from userfault.errors import Error, PagerLostError, RegionClosedError, StoreError
 from userfault.kernel import process
 from userfault.pager import wire
 from userfault.pager.client import Pager, default_pager
@@ -104,7 +104,7 @@ class Region:
         return mapping
 
     def _forsake(self, mapping: Mapping) -> None:
-        with contextlib.suppress(PagerLostError):
+        with contextlib.suppress(Error):
             self._link.request(Message(wire.CLOSE, region=mapping.identity))
         mapping.finish()
         self._link.closed()
@@ -198,9 +198,7 @@ class Region:
             )
         self._pins.add(first, stop, most)
         try:
-            self._link.request(
-                Message(wire.ENSURE, 0, self._map.identity, first, stop, flags=wire.WRITE if write else 0)
-            )
+            self._ask(Message(wire.ENSURE, 0, self._map.identity, first, stop, flags=wire.WRITE if write else 0))
             with memoryview(self._map) as whole, whole[start:end] as view:
                 yield view
         finally:
@@ -225,7 +223,7 @@ class Region:
             stop = min(stop, first + self._budget // self.block_size)
         message = Message(wire.ENSURE, 0, self._map.identity, first, stop, flags=0 if wait else wire.NO_ANSWER)
         if wait:
-            self._link.request(message)
+            self._ask(message)
         else:
             self._link.check()
             self._link.tell(message)
@@ -244,7 +242,7 @@ class Region:
         """
         self._check()
         first, stop = self._geometry.inward(*self._geometry.check_range(offset, length))
-        return self._link.request(Message(wire.EVICT, 0, self._map.identity, first, stop)).a
+        return self._ask(Message(wire.EVICT, 0, self._map.identity, first, stop)).a
 
     def retry(self, offset: int = 0, length: int | None = None) -> None:
         """Bring a range in, asking the store once more for blocks that failed. Rounded outward to blocks.
@@ -254,7 +252,7 @@ class Region:
             ValueError, PagerLostError, RegionClosedError: as `ensure`.
         """
         first, stop, _, _ = self._blocks(offset, length, write=False)
-        self._link.request(Message(wire.RETRY, 0, self._map.identity, first, stop))
+        self._ask(Message(wire.RETRY, 0, self._map.identity, first, stop))
 
     def flush(self) -> None:
         """Write changes back: there are none, since mode `r` makes none and mode `c` keeps its own.
@@ -274,18 +272,22 @@ class Region:
     # -- looking ---------------------------------------------------------------------------------------------
 
     def stats(self) -> RegionStats:
-        """Return the counters; exact if the pager lives, else as it last wrote them down.
+        """Return the counters; as the pager last wrote them down if it is gone.
+
+        A block that has arrived this very moment may not be counted yet: its thread goes on before the pager counts.
 
         Raises:
             RegionClosedError: if it is closed.
         """
         self._check()
         with contextlib.suppress(PagerLostError):
-            self._link.request(Message(wire.SYNC, 0, self._map.identity))
+            self._ask(Message(wire.SYNC, 0, self._map.identity))
         return read_stats(self._map.ledger, self._pins.blocks)
 
     def residency(self) -> bytes:
         """Return a snapshot of the block states: one `BlockState` per block. Asks nobody.
+
+        A block that has arrived this very moment may still be FILLING: its thread goes on before the pager notes it.
 
         Raises:
             RegionClosedError: if it is closed.
@@ -310,6 +312,14 @@ class Region:
                 )
             self._end()
             self._map.close()
+
+    def _ask(self, message: Message) -> Message:
+        try:
+            return self._link.request(message)
+        except StoreError:
+            if self._closed:  # by another thread, while this one waited
+                raise RegionClosedError("the region was closed meanwhile") from None
+            raise
 
     def _end(self) -> None:
         self._closed = True

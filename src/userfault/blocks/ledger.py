@@ -21,7 +21,7 @@ from bisect import bisect_left
 
 from userfault.blocks.geometry import PAGE_SIZE, Geometry, round_up
 from userfault.blocks.states import BlockState
-from userfault.kernel import memfd, memory
+from userfault.kernel import abi, memfd, memory
 
 MAGIC = 0x31544C5541464655  # "UFFAULT1" would need a ninth byte; any constant does
 READ_ONLY, COPY_ON_WRITE = 0, 1
@@ -86,7 +86,7 @@ class Ledger:
     """A mapping of everything behind the data of a region's memfd.
 
     `states` and `pins` are memoryviews of bytes, `words` of 64-bit words, `recipe` of the store's recipe.  They are
-    good until `close()`, or until this object is gone; they do not keep it alive.
+    good until this object is gone; they do not keep it alive.
     """
 
     __slots__ = ("_address", "_length", "geometry", "pins", "recipe", "states", "words")
@@ -95,6 +95,7 @@ class Ledger:
         self.geometry = layout.geometry
         self._length = layout.total - layout.states
         self._address = memory.map_memory(self._length, fd=fd, offset=layout.states)
+        memory.advise(self._address, self._length, abi.MADV_DONTDUMP)
         whole = memory.view(self._address, self._length)
         base = layout.states
         self.states = whole[: layout.geometry.blocks]
@@ -114,16 +115,15 @@ class Ledger:
         geometry = Geometry(words[W_SIZE], words[W_BLOCK_SIZE])
         return cls(fd, Layout(geometry, words[W_RECIPE_LENGTH]))
 
-    def close(self) -> None:
-        """Unmap it. Afterwards the views must not be touched."""
-        address, self._address = self._address, 0
-        if address:
-            memory.unmap(address, self._length)
-            self.states = self.pins = self.recipe = self.words = memoryview(b"")
+    def let_go(self) -> None:
+        """Let go of the memfd: zeros take its place, so that a thread which is just using a view meets those."""
+        flags = memory.MAP_PRIVATE | memory.MAP_ANONYMOUS | abi.MAP_NORESERVE | abi.MAP_FIXED
+        memory.map_memory(self._length, flags=flags, address=self._address)
 
     def __del__(self) -> None:
-        if getattr(self, "_address", 0):
-            self.close()
+        address, self._address = getattr(self, "_address", 0), 0
+        if address:
+            memory.unmap(address, self._length)
 
     def occupied(self, fd: int) -> list[tuple[int, int]]:
         """Runs of blocks `(first, stop)` whose state bytes have ever been written; reads no page that is not there."""

@@ -106,6 +106,17 @@ def task_cpu(pid: int, tid: int) -> int | None:
     return int(fields[_CPU_FIELD]) if len(fields) > _CPU_FIELD else None
 
 
+def task_state(tid: int) -> tuple[str, int]:
+    """Return the state of a thread of this process ("R": it runs or would) and how long it has run, in nanoseconds.
+
+    Raises:
+        KernelError: No such thread, or a kernel without CONFIG_SCHED_INFO.
+    """
+    folder = f"/proc/self/task/{tid}"
+    text = _read(f"{folder}/stat")
+    return text[text.rfind(")") + 2], int(_read(f"{folder}/schedstat").split()[0])
+
+
 def status(pid: int | str = "self") -> dict[str, str]:
     """Return the fields of /proc/PID/status, as text without the space around it.
 

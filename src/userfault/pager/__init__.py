@@ -4,8 +4,8 @@ The application's side: `client` (what users hold), `link` (the connection), `ma
 The two processes: `supervisor` and `worker`, with `wire` for what all of them say to each other, `spawn` and `boot` for
 how they come to be, `recipe` for how a store travels.
 
-The worker's parts: `faults` (the loop), `served` (a region as the worker sees it), `pool` (reads that may wait), `evict`
-(the budget), `poison` and `failure`, `placement` (which core), `counters`, and `control` (requests).
+The worker's parts: `faults` (the loop), `served` (a region as the worker sees it), `pool` (reads that may wait),
+`evict` (the budget), `poison` and `failure`, `placement` (which core), `counters`, and `control` (requests).
 """
 
 from __future__ import annotations

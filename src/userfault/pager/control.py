@@ -1,10 +1,10 @@
 """The worker's other thread: requests of the application, and the lives of those around it.
 
 It waits in one poll for the request socket, the supervisor, the application and its own threads, and wakes twice a
-second besides: to write the counters down, and to ask the kernel whether the application's memory still exists, since
-an exec keeps the process and a forked child may hold the socket (`ESRCH` from any operation that needs the memory).
-Answers go out without waiting; what the socket does not take stays queued, so that an application that is stopped in a
-fault with the GIL held never stops its pager.
+second besides (more often while the fault loop yields, see `placement`): to write the counters down, and to ask the
+kernel whether the application's memory still exists, since an exec keeps the process and a forked child may hold the
+socket (`ESRCH` from any operation that needs the memory).  Answers go out without waiting; what the socket does not
+take stays queued, so that an application that is stopped in a fault with the GIL held never stops its pager.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import errno
 import os
 import select
 import socket
+import time
 from collections import deque
 from threading import Thread
 
 from userfault.blocks.geometry import PAGE_SIZE
-from userfault.errors import PagerLostError, StoreError
+from userfault.errors import Error, StoreError
 from userfault.kernel import process
 from userfault.pager import evict, failure, faults, spawn, wire
+from userfault.pager.placement import WATCH_NS
 from userfault.pager.pool import Request, pool_of
 from userfault.pager.served import Served
 from userfault.pager.wire import Message
@@ -77,9 +79,13 @@ class Control:
         """Listen until the application is gone, then end the process's work."""
         for fd in (self.ward.fileno(), self._bell, self.will["application"], self.control.fileno()):
             self._poll.register(fd, select.POLLIN)
+        tick = 0
         while not self._over:
-            ready = dict(self._poll.poll(TICK_MS))
-            if not ready:
+            ready = dict(self._poll.poll(WATCH_NS // 1_000_000 if self.loop.placement.yielding else TICK_MS))
+            now = time.perf_counter_ns()
+            self.loop.placement.watch(now)
+            if now >= tick:
+                tick = now + TICK_MS * 1_000_000
                 self._tick()
             self._look(ready)
             self._send()
@@ -105,6 +111,8 @@ class Control:
             self._replace_supervisor()
         for region in list(self.regions.values()):
             region.publish(self.loop.placement.cpu)
+            if region.pool is not None:
+                region.pool.stir()
         done, error = self.uffd.zeropage(
             1 << 16, PAGE_SIZE
         )  # nothing is registered there: ENOENT from a living process
@@ -203,6 +211,8 @@ class Control:
             self._refuse(message, error)
 
     def _refuse(self, message: Message, error: BaseException) -> None:
+        if not isinstance(error, Error):
+            error = StoreError("the pager failed", cause=str(failure.plain(error).cause))
         self.post(Message(wire.FAILED, message.id, text=failure.encode(error)))
 
     def _open(self, message: Message) -> None:
@@ -212,8 +222,12 @@ class Control:
             if message.region in self.regions:
                 self.post(Message(wire.OK, message.id))
             return
+        try:
+            Thread(target=self._make, args=(message,), name="open", daemon=True).start()
+        except RuntimeError:  # no more threads to be had
+            os.close(message.fds[0])
+            raise
         self._opening[message.region] = True
-        Thread(target=self._make, args=(message,), name="open", daemon=True).start()
 
     def _make(self, message: Message) -> None:
         result: Served | StoreError
@@ -249,17 +263,17 @@ class Control:
         region = self.regions.pop(message.region, None)
         if region is not None:
             self.loop.remove(region)
+            self._tell_supervisor(Message(wire.DROP, region=region.id))  # a successor must never serve it again
             region.close((faults.FAULT,))
             for request in list(self._requests.pop(region.id, [])):
                 request.abandon(failure.encode(StoreError("the region was closed meanwhile")))
-            self._tell_supervisor(Message(wire.DROP, region=region.id))
             os.close(region.fd)
         self.post(Message(wire.OK, message.id))
 
     def _region(self, message: Message) -> Served:
         region = self.regions.get(message.region)
         if region is None:
-            raise PagerLostError(f"the pager knows no region {message.region}")
+            raise StoreError("the region was closed meanwhile")
         return region
 
     def _ensure(self, message: Message) -> None:
@@ -276,7 +290,8 @@ class Control:
             self.post(Message(kind, message.id, text=request.error or b""))
 
         write, retry = bool(message.flags & wire.WRITE), message.kind == wire.RETRY
-        request = Request(region, message.a, message.b, done, write=write, retry=retry)
+        urgent = not message.flags & wire.NO_ANSWER
+        request = Request(region, message.a, message.b, done, write=write, retry=retry, urgent=urgent)
         open_requests = self._requests.setdefault(region.id, [])
         open_requests.append(request)
         pool_of(region).wants(request)

@@ -3,8 +3,7 @@
 A block is dropped by its owner only: whoever holds the claim on it (see `served`).  The state says EVICTING before the
 hole is punched; then the pins are read once more, since the application writes a pin before it asks for anything.
 Neighbours go in one hole, because a single-page drop costs 12 µs of TLB shoot-down when other threads run, and a run of
-512 pages 0.3 µs a page.  After the claim is released the run is woken: a thread that met the claim in between sleeps in
-the kernel, its message was read and ignored, and it must look again.
+512 pages 0.3 µs a page.
 """
 
 from __future__ import annotations
@@ -93,7 +92,6 @@ def _drop_run(region: Served, first: int, stop: int) -> int:
         region.release(block)
         if after == CLEAN:  # only now: whoever takes it from the order must find the claim free
             region.order.append(block)
-    region.wake(start, end - start)
     if after == CLEAN:
         return 0
     region.counters.add(ledger.EVICTIONS, stop - first)

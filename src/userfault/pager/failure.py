@@ -23,7 +23,7 @@ def describe(error: BaseException, store: Store, offset: int, length: int) -> St
     """Make the error that the application is to see of whatever a store raised. Never raises."""
     plain_error = plain(error)
     message, cause = plain_error.message, plain_error.cause
-    return StoreError(message, store=_name(store), offset=offset, length=length, attempts=1, cause=cause)
+    return StoreError(message, store=name_of(store), offset=offset, length=length, attempts=1, cause=cause)
 
 
 def plain(error: BaseException) -> StoreError:
@@ -40,7 +40,8 @@ def _text(error: BaseException) -> str:
         return "(it cannot be printed)"
 
 
-def _name(store: Store) -> str:
+def name_of(store: Store) -> str:
+    """Return what a store calls itself. Never raises."""
     try:
         return str(store.describe())
     except BaseException:  # noqa: BLE001  # a store of the user's own

@@ -24,6 +24,7 @@ from __future__ import annotations
 import os
 import time
 from bisect import bisect_right
+from fcntl import ioctl
 
 from userfault.blocks import ledger as book
 from userfault.blocks.geometry import PAGE_SIZE
@@ -96,8 +97,8 @@ class FaultLoop:
         """Read and answer until the process ends."""
         read, clock, placement = os.read, time.perf_counter_ns, self.placement
         unpack, iter_unpack = abi.UFFD_MSG_PAGEFAULT_STRUCT.unpack, abi.UFFD_MSG_PAGEFAULT_STRUCT.iter_unpack
-        fd, copy, claim = self.uffd.fd, self.uffd.copy, FAULT
-        size, most = abi.UFFD_MSG_SIZE, abi.UFFD_MSG_SIZE * MESSAGES
+        fd, claim, size, most = self.uffd.fd, FAULT, abi.UFFD_MSG_SIZE, abi.UFFD_MSG_SIZE * MESSAGES
+        ask, pack, argument = abi.UFFDIO_COPY, abi.UFFDIO_COPY_STRUCT.pack_into, bytearray(abi.UFFDIO_COPY_STRUCT.size)
         absent, filling, clean, pagefault = _ABSENT, _FILLING, _CLEAN, abi.UFFD_EVENT_PAGEFAULT
         quick, slowest = _QUICK, len(_QUICK) << 8
         region: Served
@@ -116,21 +117,11 @@ class FaultLoop:
                         continue
                     region = found
                     base, end, shift, block_size = region.base, region.end, region.shift, region.block_size
-                    whole, limit, mode, order = (
-                        region.whole_blocks,
-                        region.limit,
-                        region.copy_mode,
-                        region.order,
-                    )
-                    states, claims, waiters, histogram = (
-                        region.states,
-                        region.claims,
-                        region.waiters,
-                        region.counters.histogram,
-                    )
-                    locate, private = region.locate, region.private
+                    whole, mode, order, locate = region.whole_blocks, region.copy_mode, region.order, region.locate
+                    states, claims, waiters = region.states, region.claims, region.waiters
+                    bounded, histogram = region.limit < region.geometry.blocks, region.counters.histogram
                 block = (address - base) >> shift
-                if claims.setdefault(block, claim) is not claim:
+                if claims.setdefault(block, claim) is not claim and not self._claims_after_all(region, block):
                     self._ignore(region, block, tid, start)
                     continue
                 if region.closing:
@@ -144,10 +135,13 @@ class FaultLoop:
                 states[block] = filling
                 offset = block << shift
                 source = locate(offset, block_size) if block < whole else 0
-                if not source or len(order) + len(private) >= limit:
+                if not source or (bounded and region.resident_blocks() >= region.limit):
                     self._demand(region, block, source, start)
                     continue
-                if copy(base + offset, source, block_size, mode)[1]:
+                pack(argument, 0, base + offset, source, block_size, mode, 0)
+                try:
+                    ioctl(fd, ask, argument)  # Userfaultfd.copy, without the call
+                except OSError:
                     self._demand(region, block, 0, start)
                     continue
                 states[block] = clean
@@ -163,6 +157,14 @@ class FaultLoop:
     def _first(self) -> None:
         self.filled = True
         self.on_filled()
+
+    def _claims_after_all(self, region: Served, block: int) -> bool:
+        """Leave word that a message met a claim, and try once more: the owner looks for it after its release."""
+        region.ignored.add(block)
+        if region.claims.setdefault(block, FAULT) is not FAULT:
+            return False
+        region.ignored.discard(block)
+        return True
 
     def _ignore(self, region: Served, block: int, tid: int, now: int) -> None:
         """A message about a block that somebody is working on: they will wake the thread."""

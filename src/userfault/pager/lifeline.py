@@ -101,12 +101,11 @@ class Lifeline:
     def arm(self) -> bool:
         """From now on the death of the pager ends this process; False if it is dead already, and then nothing is."""
         fd = self._ours.fileno()
-        self._armed = True
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
-        if self.intact():
-            return True
-        self.disarm()
-        return False
+        self._armed = self.intact()  # not before it is known: the thread in wait() may be looking at it
+        if not self._armed:
+            self.disarm()
+        return self._armed
 
     def wait(self) -> None:
         """Stay until nobody of the pager lives; then, if armed, end the process (the signal should have).

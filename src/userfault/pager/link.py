@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import weakref
+from collections import deque
 from threading import Event, RLock, Thread
 
 from userfault.errors import PagerLostError
@@ -68,17 +69,22 @@ class Link:
         self._ids = itertools.count(1)
         self._lock = RLock()  # a finalizer may run while this thread holds it
         self._pending: dict[int, _Pending] = {}
+        self._unsent: deque[Message] = deque()
+        """What `retire` could not send yet."""
         self._hello = Event()
+        self._over = False
         with spawn.standard_descriptors():
             self._begin()
         self._thread = Thread(target=self._listen, name="userfault", daemon=True)
         self._thread.start()
         links.add(self)
-        if not self._hello.wait(START_S) or self.lost:
+        try:
+            if not self._hello.wait(START_S) or self.lost:
+                reason = self.lost or "no answer"
+                raise PagerLostError(f"the pager did not start: {reason}; its own words are on standard error")
+        except BaseException:  # Ctrl-C too
             self.stop()
-            raise PagerLostError(
-                f"the pager did not start: {self.lost or 'no answer'}; its own words are on standard error"
-            )
+            raise
 
     def _begin(self) -> None:
         self.uffd = Userfaultfd.open(FEATURES)
@@ -125,9 +131,11 @@ class Link:
             StoreError: as the pager answers.
             PagerLostError: if there is no pager any more.
         """
+        if sys.is_finalizing():
+            raise PagerLostError("the interpreter is shutting down, and nobody listens any more")
         pending = self._send(message)
         try:
-            pending.event.wait()
+            self._wait(pending)
         except BaseException:  # Ctrl-C: nobody wants the answer any more, least of all from another worker
             self._pending.pop(message.id, None)
             raise
@@ -137,6 +145,13 @@ class Link:
         if answer.kind == wire.FAILED:
             raise failure.decode(answer.text)
         return answer
+
+    def _wait(self, pending: _Pending) -> None:
+        if threading.current_thread() is not self._thread:
+            pending.event.wait()
+            return
+        while not pending.event.is_set():  # a finalizer, which the garbage collector runs in the listening thread
+            self._hear_one()
 
     def tell(self, message: Message) -> None:
         """Send a request that nobody waits for. Lost with the worker that got it."""
@@ -191,33 +206,47 @@ class Link:
     def retire(self, mapping: Mapping) -> None:
         """End a region that nobody holds any more. Called by finalizers, in any thread: does not wait."""
         message = Message(wire.CLOSE, self.next_id(), mapping.identity)
-        pending = _Retired(message, mapping)
-        self._pending[message.id] = pending
-        try:
-            wire.send(self._control, message, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            pass  # it goes out with the next hello, or never: the addresses stay reserved
-        except OSError:
-            self._pending.pop(message.id, None)
-            pending.finish()
+        self._pending[message.id] = _Retired(message, mapping)
+        self._unsent.append(message)
+        self._send_retired()
+
+    def _send_retired(self) -> None:
+        """Send what the socket takes; the rest goes out as answers come in."""
+        while self._unsent and not self.lost:
+            message = self._unsent.popleft()
+            try:
+                wire.send(self._control, message, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._unsent.appendleft(message)
+                return
+            except OSError:
+                break
+        if self.lost:
+            self._settle_all()
 
     # -- the listening thread --------------------------------------------------------------------------------
 
     def _listen(self) -> None:
         self.lifeline.receive_here()
-        while True:
-            try:
-                message = wire.receive(self._control)
-            except (OSError, ValueError) as error:
-                message, self.lost = None, self.lost or f"the pager's socket failed: {error}"
-            if message is None:
-                break
-            try:
-                self._hear(message)
-            except Exception:  # noqa: BLE001  # this thread must stay: the lifeline is aimed at it
-                sys.excepthook(*sys.exc_info())
-        self._end("the pager is gone")
+        while not self._over:
+            self._hear_one()
         self.lifeline.wait()
+
+    def _hear_one(self) -> None:
+        """Receive one message and act on it."""
+        try:
+            message = wire.receive(self._control)
+            if message is not None:
+                self._hear(message)
+                return
+            reason = "the pager is gone"
+        except (OSError, ValueError) as error:
+            reason = f"the pager's socket failed: {error}"
+        except Exception:  # noqa: BLE001  # this thread must stay: the lifeline is aimed at it
+            sys.excepthook(*sys.exc_info())
+            return
+        self._over = True
+        self._end(reason)
 
     def _hear(self, message: Message) -> None:
         if message.kind == wire.HELLO:
@@ -228,6 +257,7 @@ class Link:
             pending.answer = message
             if isinstance(pending, _Retired):
                 pending.finish()
+                self._send_retired()
             pending.event.set()
 
     def _greet(self, message: Message) -> None:
@@ -243,6 +273,11 @@ class Link:
     def _end(self, reason: str) -> None:
         self.lost = self.lost or reason
         self._hello.set()
+        self._settle_all()
+
+    def _settle_all(self) -> None:
+        """Nobody answers any more."""
+        self._unsent.clear()
         for pending in list(self._pending.values()):
             if isinstance(pending, _Retired):
                 pending.finish()
@@ -259,7 +294,7 @@ class Link:
         watched = [fd for fd in map(_pidfd, (self.worker_pid, self.supervisor_pid)) if fd >= 0]
         if not self.lost:
             with contextlib.suppress(PagerLostError):
-                self.request(Message(wire.BYE))
+                self._send(Message(wire.BYE)).event.wait(STOP_S)
         self.lost = self.lost or "the pager was closed"
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)

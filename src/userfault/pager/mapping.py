@@ -123,7 +123,7 @@ class Mapping(mmap.mmap):
         self._owner = 0
         memory.map_memory(self.length, prot=0, flags=_RESERVED | abi.MAP_FIXED, address=self.address)
         self.link.uffd.wake(self.address, self.length)
-        self.ledger.close()
+        self.ledger.let_go()
         _alive.discard(self)
 
     def __del__(self) -> None:
@@ -148,7 +148,7 @@ def new_mapping(size: int, mode: str) -> Mapping:
 def _reserve_in_child() -> None:
     """Keep the addresses of the parent's regions free of anything else: a touch is a SIGSEGV."""
     for mapping in list(_alive):
-        mapping.ledger.close()  # it is shared memory: through it the child would pin, and keep the data alive
+        mapping.ledger.let_go()  # it is shared memory: through it the child would pin, and keep the data alive
         try:
             flags = _RESERVED | abi.MAP_FIXED_NOREPLACE
             memory.map_memory(mapping.length, prot=0, flags=flags, address=mapping.address)

@@ -1,66 +1,126 @@
-"""Which core the fault loop runs on.
+"""Which core the fault loop runs on, and how it behaves there.
 
-Where the pager runs decides more than what it is written in: on virtual machines a fault costs 4 to 5 µs when the
-pager runs on the faulting thread's core, because nobody sleeps long enough to be woken by an interrupt, and some 50 µs
-when it has to be woken on another.  So the loop follows the thread that faults.  The thread's id is in the message, its
-core in `/proc/PID/task/TID/stat`; that costs about 5 µs, so each thread is looked up at most every `PERIOD_NS`.
+Some facts about the scheduler
+------------------------------
+* Where the pager runs decides more than what it is written in: on virtual machines a fault costs 4 to 5 µs when the
+  pager runs on the faulting thread's core, because nobody sleeps long enough to be woken by an interrupt, and some
+  50 µs when it has to be woken on another (`benchmarks/fault_latency.py`).
+* The thread's id is in the message, its core in `/proc/PID/task/TID/stat`; looking it up costs about 5 µs.
+* A thread that is woken prefers the core it last ran on, but only if that core is idle, and it is not: its waker, the
+  fault loop, is running there.  So if another core is idle, the kernel moves the thread there at the very wake, the
+  loop follows, and so on, a hundred times a second.  A core that runs nothing but `SCHED_IDLE` threads counts as idle
+  for this purpose (Linux 5.4, `sched_idle_cpu`), and the thread stays.
+* `SCHED_IDLE` has a price: against a busy competitor on the same core such a thread gets next to nothing (weight 3
+  against 1024).  And leaving it again takes `CAP_SYS_NICE` or `RLIMIT_NICE` of 20.
 
-Following is for one thread (or several on one core).  When threads on several cores fault, the loop lets go and the
-kernel's scheduler decides.  A thread that spins in the kernel (see `faults`) would starve a loop on its own core: then
-`flee` lets go for a while.
+What follows
+------------
+The loop follows the thread that faults, each thread being looked up at most every `PERIOD_NS`.  Following is for one
+thread, or several on one core; when threads on several cores fault, the loop lets go and the scheduler decides.
+
+While it follows, and only if it can go back, the loop *yields*: it runs under `SCHED_IDLE`.  The control thread watches
+it every `WATCH_NS` as long as that lasts.  A loop that had work and did not run since the last look is starved: it
+stops yielding at once, and for a while that doubles each time.  A loop that has nothing to do stops yielding too, so
+that the first fault after a pause never meets a competitor unprotected.
+
+A thread that spins in the kernel (see `faults`) would starve a loop on its own core: then `flee` lets go for a while.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+import threading
 
 from userfault.kernel import process
 
 PERIOD_NS = 10_000_000
 MEMORY_NS = 50_000_000
 FLIGHT_NS = 200_000_000
+WATCH_NS = 20_000_000
+QUIET_NS = 100_000_000
+FIRST_PENANCE_NS, MOST_PENANCE_NS = 1_000_000_000, 60_000_000_000
+CAP_SYS_NICE = 23
+HOME = os.sched_getaffinity(0)
+"""The cores of this process, as it was started."""
+
+
+def go_home() -> None:
+    """Begin a thread that was started by the fault loop, and has inherited its core and its policy."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, HOME)
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 class Placement:
-    """Follows the faulting threads of one process. Used by the fault loop's thread only; read by anyone.
+    """Follows the faulting threads of one process. Made and used by the fault loop's thread; `watch` by another.
 
-    `cpu` is the core that the loop is held on, -1 while it is free.
+    `cpu` is the core that the loop is held on, -1 while it is free; `yielding` whether it runs under `SCHED_IDLE`.
     """
-
-    __slots__ = ("_home", "_pid", "_seen", "_until", "cpu")
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._home = os.sched_getaffinity(0)
+        self._thread = threading.get_native_id()
         self._seen: dict[int, tuple[int, int]] = {}
-        self._until = 0
+        self._free_until = 0
+        self._last = 0
+        self._ran = -1
+        self._may_yield = process.has_capability(CAP_SYS_NICE) or resource.getrlimit(resource.RLIMIT_NICE)[0] >= 20
+        self._penance = FIRST_PENANCE_NS
+        self._yield_from = 0
+        self._lock = threading.Lock()
         self.cpu = -1
+        self.yielding = False
 
     def saw(self, thread: int, now: int) -> None:
         """Take note that `thread` faulted at `now` (nanoseconds); move if that says so."""
+        self._last = now
         known = self._seen.get(thread)
-        if (known and now - known[1] < PERIOD_NS) or now < self._until:
+        if (known and now - known[1] < PERIOD_NS) or now < self._free_until:
             return
         cpu = process.task_cpu(self._pid, thread)
         if cpu is None:
             return
         self._seen[thread] = (cpu, now)
-        recent = {t: (c, when) for t, (c, when) in self._seen.items() if now - when < MEMORY_NS}
-        self._seen = recent
-        cpus = {c for c, _ in recent.values()}
-        self._settle(cpu if len(cpus) == 1 else -1)
+        self._seen = {t: (c, when) for t, (c, when) in self._seen.items() if now - when < MEMORY_NS}
+        cpus = {c for c, _ in self._seen.values()}
+        self._settle(cpu if len(cpus) == 1 else -1, now)
 
     def flee(self, now: int) -> None:
         """Stop following for a while."""
-        self._until = now + FLIGHT_NS
+        self._free_until = now + FLIGHT_NS
         self._seen.clear()
-        self._settle(-1)
+        self._settle(-1, now)
 
-    def _settle(self, cpu: int) -> None:
-        if cpu == self.cpu:
+    def _settle(self, cpu: int, now: int) -> None:
+        if cpu != self.cpu:
+            try:
+                os.sched_setaffinity(0, {cpu} if cpu >= 0 else HOME)
+            except OSError:  # a cpuset does not have that core
+                cpu = -1
+            self.cpu = cpu
+        wanted = cpu >= 0 and self._may_yield and now >= self._yield_from
+        if wanted != self.yielding:
+            self._set_policy(wanted)
+
+    def _set_policy(self, yielding: bool) -> None:
+        with self._lock, contextlib.suppress(OSError):  # a sandbox may forbid it: then nothing has changed
+            self._ran = -1
+            os.sched_setscheduler(self._thread, os.SCHED_IDLE if yielding else os.SCHED_OTHER, os.sched_param(0))
+            self.yielding = yielding
+
+    # -- for the control thread ---------------------------------------------------------------------------------
+
+    def watch(self, now: int) -> None:
+        """Stop the loop's yielding if it is starved, or has nothing to do."""
+        if not self.yielding:
             return
-        try:
-            os.sched_setaffinity(0, {cpu} if cpu >= 0 else self._home)
-        except OSError:  # a cpuset took the core away
-            cpu = -1
-        self.cpu = cpu
+        state, ran = process.task_state(self._thread)
+        before, self._ran = self._ran, ran
+        if state == "R" and ran == before:
+            self._yield_from = now + self._penance
+            self._penance = min(2 * self._penance, MOST_PENANCE_NS)
+            self._set_policy(yielding=False)
+        elif state != "R" and now - self._last > QUIET_NS:
+            self._set_policy(yielding=False)

@@ -1,20 +1,22 @@
 """Reads that may wait: a few threads per region, so that a slow store delays nobody but its own readers.
 
 A pool does two kinds of work.  A *demand* is a block that a thread of the application is stopped at; a *request* is a
-range that `ensure`, `prefetch` or `retry` asked for.  Demands go first, whatever else is queued; a request's next block
-is taken only when a thread is free for it, so that a long prefetch never stands between a fault and its block.
+range that `ensure`, `prefetch` or `retry` asked for.  Demands go first, whatever else is queued; then requests that
+somebody waits for, in turns; then the others.  A request's next block is taken only when a thread is free for it, so
+that a long prefetch never stands between a fault and its block.
 Threads are started when there is work for them, up to the store's `concurrency`, and end when idle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from threading import Condition, Thread
 
 from userfault.blocks.states import BlockState
 from userfault.errors import StoreError
-from userfault.pager import failure
+from userfault.pager import failure, placement
 from userfault.pager.served import Staging
 
 TYPE_CHECKING = False
@@ -43,12 +45,15 @@ class Request:
         stop: int,
         done: Callable[[Request], None],
         *,
-        write: bool,
-        retry: bool,
+        write: bool = False,
+        retry: bool = False,
+        urgent: bool = True,
     ) -> None:
         self.region = region
         self.write = write and region.protects
         self.retry = retry
+        self.urgent = urgent
+        """Whether somebody waits for it."""
         self.error: bytes | None = None
         self._next = first
         self._stop = stop
@@ -98,6 +103,7 @@ class Pool:
         self._busy = 0
         self._demands: deque[tuple[int, int]] = deque()
         self._requests: deque[Request] = deque()
+        self._patient: deque[Request] = deque()
         self._changed = Condition()
         self._closed = False
 
@@ -110,9 +116,16 @@ class Pool:
     def wants(self, request: Request) -> None:
         """Work on a request, or on it again."""
         with self._changed:
-            if request not in self._requests:
-                self._requests.append(request)
+            queue = self._requests if request.urgent else self._patient
+            if request not in queue:
+                queue.append(request)
             self._stir()
+
+    def stir(self) -> None:
+        """See that queued work has a thread: one could not be started before, perhaps. Called twice a second."""
+        with self._changed:
+            if self._demands or self._requests or self._patient:
+                self._stir()
 
     def close(self) -> None:
         """End the threads as they become idle; nobody waits for a read that hangs."""
@@ -122,13 +135,17 @@ class Pool:
 
     def _stir(self) -> None:
         """Under the lock: see that enough threads are awake for what is queued."""
-        queued = len(self._demands) + (self._most if self._requests else 0)
+        queued = len(self._demands) + (self._most if self._requests or self._patient else 0)
         if queued > self._threads - self._busy and self._threads < self._most:
-            self._threads += 1
-            Thread(target=self._work, name=f"region {self.region.id}", daemon=True).start()
+            with contextlib.suppress(
+                RuntimeError
+            ):  # no more threads to be had: those there are will do, or the next stir
+                Thread(target=self._work, name=f"region {self.region.id}", daemon=True).start()
+                self._threads += 1
         self._changed.notify()
 
     def _work(self) -> None:
+        placement.go_home()
         staging = Staging(self.region.block_size)
         token = object()
         while work := self._next():
@@ -147,10 +164,10 @@ class Pool:
             while not self._closed:
                 if (work := self._pick()) is not None:
                     self._busy += 1
-                    if self._demands or self._requests:
+                    if self._demands or self._requests or self._patient:
                         self._stir()
                     return work
-                if not self._changed.wait(IDLE_S) and not self._demands and not self._requests:
+                if not self._changed.wait(IDLE_S) and not (self._demands or self._requests or self._patient):
                     break
             self._threads -= 1
             return None
@@ -158,11 +175,12 @@ class Pool:
     def _pick(self) -> tuple[Request | None, int, int] | None:
         if self._demands:
             return (None, *self._demands.popleft())
-        while self._requests:
-            block = self._requests[0].take()
-            if block is not None:
-                return self._requests[0], block, 0
-            self._requests.popleft()
+        for queue in (self._requests, self._patient):
+            while queue:
+                request = queue.popleft()
+                if (block := request.take()) is not None:
+                    queue.append(request)
+                    return request, block, 0
         return None
 
     def _attend(self, request: Request, block: int, staging: Staging, token: object) -> None:

@@ -7,14 +7,14 @@ the state of a block first *claims* it, with `claims.setdefault(block, token)`: 
 caller the owner or shows that somebody else is.  The owner alone changes the state, and releases the claim when the
 block is at rest again.  There is no lock on the way of a fault.
 
-A fault message that meets a claim is simply ignored, and that is safe, because the thread will be woken by whoever
-holds the claim.  It was already asleep in the kernel when its message was read, so any wake that follows reaches it; it
-then looks again and, if the page is still not there, sends another message.  COPY and POISON wake what they install,
-and after them nothing in the block can fault any more.  Where something can, the wake comes after the release: after an
-eviction, since the pages are gone again, and after a fill that leaves them write-protected.
-
-A *request* that meets a claim leaves its name in `waiters` first and then tries once more; the owner looks there after
-its release.  So one of the two always sees the other.
+Whoever meets a claim must not be forgotten, and must not wait.  So the fault loop, when a message meets a claim, leaves
+the block in `ignored` and then tries once more; if the claim is still held, it goes on to its next message.  A request
+does the same with its name in `waiters`.  The owner looks at both *after* its release, and wakes the block's range, or
+queues the request again.  Each side first writes and then looks, so one of the two always sees the other.  The thread
+was already asleep in the kernel when its message was read; the wake reaches it, and if it then still cannot go on, it
+sends another message.  (A wake *before* the release would not do: after the COPY a thread may go on to write, and its
+write-protect fault meets the same claim.)  The fault loop's own claims need no look: while it holds one it reads no
+message.
 
 Closing
 -------
@@ -30,7 +30,7 @@ import errno
 import mmap
 import time
 from collections import deque
-from threading import Lock
+from threading import Lock, Thread
 
 from userfault.blocks import ledger as book
 from userfault.blocks.geometry import PAGE_SIZE
@@ -65,6 +65,10 @@ INSTALLING = object()
 UNLIMITED = 1 << 62
 PATIENCE = 200
 """How often a refusal that may pass (EAGAIN, ENOMEM) is tried again, 1 ms apart at first: ~1 s in all."""
+
+
+def _is_ours(store: Store) -> bool:
+    return type(store).__module__.startswith("userfault.stores.")
 
 
 def _nothing() -> None:
@@ -118,6 +122,8 @@ class Served:
         self.states = self.ledger.states
         self.pins = self.ledger.pins
         self.claims: dict[int, object] = {}
+        self.ignored: set[int] = set()
+        """Blocks about which a message met a claim: the owner wakes them after its release."""
         self.waiters: dict[int, list[Request]] = {}
         self.order: deque[int] = deque()
         """Resident blocks that may be evicted, oldest first; each stands here once."""
@@ -134,10 +140,9 @@ class Served:
             self.store = self._make_store()
         except BaseException:
             if not again:
-                self.ledger.close()
                 raise
             self.store = recipe.LateStore(self.ledger.recipe, geometry.size)
-        self.locate = self.store.locate
+        self.locate = self.store.locate if _is_ours(self.store) else self._locate_carefully
         self.inline = self.store.concurrency == 0
 
     def _make_store(self) -> Store:
@@ -166,8 +171,12 @@ class Served:
     # -- claims ----------------------------------------------------------------------------------------------
 
     def release(self, block: int) -> None:
-        """Give a claim back, and let the requests that met it go on."""
+        """Give a claim back, and let those go on who met it: threads of the application, and requests."""
         del self.claims[block]
+        if block in self.ignored:
+            self.ignored.discard(block)
+            if not self.closing:
+                self.wake(*self._extent(block))
         if self.waiters:
             with self.lock:
                 waiting = self.waiters.pop(block, ())
@@ -201,8 +210,6 @@ class Served:
             self._arrived(block, private=private)
         finally:
             self.release(block)
-            if self.protects and not self.closing:  # a thread that went on to write has met the claim
-                self.wake(*self._extent(block))
 
     def _arrived(self, block: int, *, private: bool) -> None:
         if not private:
@@ -227,7 +234,17 @@ class Served:
     def at_hand(self, block: int, staging: Staging) -> int:
         """Return an address of a block's bytes if that needs no waiting, else 0. For the fault loop alone."""
         offset, length = self.geometry.span(block)
-        return staging.padded(length) if self.store.read_now(offset, staging.view[:length]) else 0
+        try:
+            found = self.store.read_now(offset, staging.view[:length])
+        except Exception:  # noqa: BLE001  # a store of the user's own; read_into will say what is wrong
+            found = False
+        return staging.padded(length) if found else 0
+
+    def _locate_carefully(self, offset: int, length: int) -> int:
+        try:
+            return int(self.store.locate(offset, length))
+        except Exception:  # noqa: BLE001  # a store of the user's own must not end the fault loop
+            return 0
 
     def _install(self, block: int, source: int, mode: int) -> None:
         """COPY a block into the application, around pages that are there already, and wake."""
@@ -315,10 +332,8 @@ class Served:
         elif state == PRIVATE:
             self.private.add(block)
             self.counters.became_private()
-        elif state == EVICTING:
+        elif state in (EVICTING, FILLING):  # what a dead worker had copied is right, but nobody would ever drop it
             memfd.punch_hole(self.fd, *self._extent(block))
-            self.states[block] = ABSENT
-        elif state == FILLING:
             self.states[block] = ABSENT
 
     def close(self, hot_claims: tuple[object, ...]) -> None:
@@ -327,7 +342,16 @@ class Served:
         touching = (*hot_claims, INSTALLING, evict.EVICTION)
         while any(claim in touching for claim in list(self.claims.values())):
             time.sleep(0.0002)  # at most one COPY or hole; the fault loop has no lock that one could wait on
+        with contextlib.suppress(KernelError):  # whoever still maps the ledger would keep the data alive as well
+            memfd.punch_hole(self.fd, 0, self.geometry.length)
         pool, self.pool = self.pool, None
         if pool is not None:
             pool.close()
-        self.store.close()
+        Thread(target=self._close_store, name="close", daemon=True).start()
+
+    def _close_store(self) -> None:
+        """Close the store in a thread of its own: a store of the user's may wait, or raise."""
+        try:
+            self.store.close()
+        except Exception as error:  # noqa: BLE001  # there is nobody to tell but the reader of standard error
+            failure.report(f"closing {failure.name_of(self.store)}: {failure.plain(error)}")
