@@ -293,7 +293,7 @@ class Region:
             RegionClosedError: if it is closed.
         """
         self._check()
-        return bytes(self._map.ledger.states)
+        return self._map.ledger.snapshot()
 
     # -- the end ---------------------------------------------------------------------------------------------
 
@@ -303,8 +303,10 @@ class Region:
         Raises:
             BufferError: if a view of the memory is alive; nothing is changed then.
         """
+        if self.closed:  # also in a forked child, where the lock may be held for ever
+            return
         with self._lock:
-            if self.closed:
+            if self._closed:
                 return
             if self._map.exported():
                 raise BufferError(
@@ -334,8 +336,10 @@ class Region:
 
         Their addresses stay reserved until the last of them is gone. Twice is fine.
         """
+        if self.closed:
+            return
         with self._lock:
-            if not self.closed:
+            if not self._closed:
                 self._end()
 
     def owned_by_views(self) -> None:

@@ -140,11 +140,10 @@ class PagedArray(np.ndarray):  # generic in stubs only
 
     def _part(self, index: object) -> np.ndarray[Any, Any]:
         """Return `array[index]` as a view, without touching the memory; of an item, the array around it."""
-        plain = np.asarray(self)
-        if isinstance(index, tuple | int | slice) or index is ... or hasattr(index, "__index__"):
-            key = index if isinstance(index, tuple) else (index,)
-            return plain[key if ... in key else (*key, ...)]  # the ellipsis makes an item a view too
-        raise TypeError(f"ensure takes integers and slices, as numpy.s_[10:20], not {index!r}")
+        keys = index if isinstance(index, tuple) else (index,)
+        if not all(map(_is_basic, keys)):  # anything else makes a copy, in other memory
+            raise TypeError(f"ensure takes integers and slices, as numpy.s_[10:20], not {index!r}")
+        return np.asarray(self)[keys if ... in keys else (*keys, ...)]  # the ellipsis makes an item a view too
 
     def flush(self) -> None:
         """Write changes back: in the modes `r` and `c` there is nothing to write.
@@ -160,15 +159,13 @@ class PagedArray(np.ndarray):  # generic in stubs only
         Raises:
             BufferError: if another view of the memory is alive; nothing is changed then.
         """
-        lease = self._lease
-        if lease is None:
+        if self._lease is None:
             return
-        if _other_views(self, lease):
-            del lease  # or the traceback of this very error would hold it
+        if _other_views(self):
             raise BufferError(
                 "another view of the array is alive: delete the slices, arrays and buffers made from it first"
             )
-        region = lease.region
+        region = self.region
         self._lease = None
         self._keep = region  # the addresses stay reserved as long as this object lives
         nothing: tuple[Any, ...] = (1, (0,), _NOTHING, False, b"")  # version, shape, type, order, data
@@ -184,13 +181,28 @@ class PagedArray(np.ndarray):  # generic in stubs only
         self.close()
 
 
-def _other_views(array: PagedArray, lease: _Lease) -> bool:
-    slices = sys.getrefcount(lease) - 4  # the array's; ours, the caller's and getrefcount's
-    arrays = sys.getrefcount(lease.root) - 3  # the lease's; the array's base; getrefcount's
-    base = array.base
-    if isinstance(base, PagedArray) and sys.getrefcount(base) == 3:  # the array's; ours; getrefcount's
+def _counts(array: PagedArray) -> tuple[int, int]:
+    """References to the lease and to the root, as this expression sees them; compared only with one another.
+
+    No local variable holds what is counted: a debugger's look at the frame would count as well.
+    """
+    return sys.getrefcount(vars(array)["_lease"]), sys.getrefcount(vars(array)["_lease"].root)
+
+
+def _base_count(array: PagedArray) -> int:
+    return sys.getrefcount(array.base)
+
+
+def _is_basic(key: object) -> bool:
+    return key is None or key is ... or (isinstance(key, int | np.integer | slice) and not isinstance(key, bool))
+
+
+def _other_views(array: PagedArray) -> bool:
+    """Whether anything but `array` holds the memory."""
+    slices, arrays = (now - alone for now, alone in zip(_counts(array), _alone_counts, strict=True))
+    if isinstance(array.base, PagedArray) and _base_count(array) == _alone_base:
         slices -= 1  # the array is a slice, and the one that it was made from has no other holder
-    if slices or arrays or lease.region.views() > 1:  # the root's own
+    if slices or arrays or array.region.views() > 1:  # the root's own
         return True
     return any(type(holder).__name__ in _BUFFER_HOLDERS for holder in gc.get_referrers(array))
 
@@ -201,3 +213,18 @@ def array_of(region: Region, header: Header) -> PagedArray:
     array = np.ndarray.__new__(PagedArray, header.shape, header.dtype, root, header.offset, None, header.order)
     array._lease = _Lease(region, root)  # noqa: SLF001  # the one place that makes it
     return array
+
+
+def _calibrate() -> tuple[tuple[int, int], int]:
+    """Count the references of an array that nothing else holds: versions of Python differ in what they count."""
+    root = np.zeros(2, dtype=np.uint8)
+    array = np.ndarray.__new__(PagedArray, (2,), np.uint8, root)
+    array._lease = _Lease(None, root)  # type: ignore[arg-type] # noqa: SLF001
+    del root
+    alone = _counts(array)
+    part = array[1:].view(PagedArray)
+    del array
+    return alone, _base_count(part)
+
+
+_alone_counts, _alone_base = _calibrate()

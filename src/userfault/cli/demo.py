@@ -54,12 +54,22 @@ class DemoCommand:
             raise CommandError(
                 f"--size is {figures.size(arguments.size)}, too little to show: use {figures.size(_SMALLEST)} or more"
             )
-        from userfault.cli.sample import ROW, Sample
-        from userfault.cli.show import Show
-
+        with _undisturbed():
+            from userfault.cli.sample import ROW, Sample
+            from userfault.cli.show import Show
         with _unwinding(), _folder(arguments.folder, keep=arguments.keep) as folder:
             sample = Sample(os.path.join(folder, _NAME), arguments.size // ROW)
             return Show(screen, sample, keep=arguments.keep).run()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let Ctrl-C wait: NumPy, interrupted while it loads, takes itself for broken, and says so at length."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -90,6 +100,5 @@ def _folder(path: str | None, *, keep: bool) -> Iterator[str]:
         yield made
     finally:
         if not keep or not os.listdir(made):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the broom
-            shutil.rmtree(made, ignore_errors=True)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with _undisturbed():  # by a second Ctrl-C
+                shutil.rmtree(made, ignore_errors=True)

@@ -14,10 +14,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from typing import Literal, TextIO, TypeAlias
 
 Status: TypeAlias = Literal["ok", "limited", "missing", "note"]
 Advance: TypeAlias = Callable[[int], None]
@@ -147,9 +144,6 @@ class RichScreen(Screen):
 
         self._console = Console(file=file, highlight=False, markup=False, emoji=False)
 
-    def _print(self, what: RenderableType) -> None:
-        self._console.print(what)
-
     def heading(self, text: str) -> None:
         """Write it bold, after a blank line."""
         self._console.print()
@@ -160,22 +154,35 @@ class RichScreen(Screen):
         self._console.print(self.printable(text), style=style or None)
 
     def findings(self, findings: Sequence[Finding]) -> None:
-        """Draw a table; the remedy stands beneath the meaning."""
+        """Draw a table, and beneath it the remedies, which need the whole width."""
+        from rich.padding import Padding
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=None, show_header=False, padding=(0, 1, 0, 1), expand=False)
+        table = Table(box=None, show_header=False, padding=(0, 1, 0, 1))
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True, style="bold")
         table.add_column(max_width=34)
         table.add_column(ratio=1)
         for finding in findings:
             mark, style = _MARKS[finding.status]
-            meaning = Text(finding.meaning)
+            table.add_row(Text(self.printable(mark), style=style), finding.name, finding.found, finding.meaning)
+        self._console.print(table)
+        for finding in findings:
             if finding.remedy:
-                meaning.append(f"\n→ {finding.remedy}", style="yellow")
-            table.add_row(Text(self.printable(mark), style=style), finding.name, finding.found, meaning)
-        self._print(table)
+                remedy = Text(self.printable(f"→ {finding.name}: {finding.remedy}"), style="yellow")
+                self._console.print(Padding(remedy, (0, 1, 0, 4)))
+
+    def facts(self, facts: Sequence[tuple[str, str]]) -> None:
+        """Write names and what they are; long ones wrap in their own column."""
+        from rich.table import Table
+
+        table = Table(box=None, show_header=False, padding=(0, 0, 0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(ratio=1)
+        for name, value in facts:
+            table.add_row(name, self.printable(value))
+        self._console.print(table)
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int) -> Iterator[Advance]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from threading import Lock
+from threading import Lock, RLock
 
 from userfault.errors import Error, KernelError
-from userfault.pager.link import Link, links
+from userfault.pager import link
+from userfault.pager.link import Link
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -110,14 +111,27 @@ def default_pager() -> Pager:
         return _default
 
 
+def _hold_fork() -> None:
+    link.forking.acquire()
+
+
+def _let_fork() -> None:
+    link.forking.release()
+
+
 def _forget_in_child() -> None:
     """In a forked child: let go of the parent's pager, and of locks that nobody here will release."""
     global _default, _default_lock
-    for link in list(links):
+    for inherited in list(link.links):
         with contextlib.suppress(OSError, KernelError):
-            link.close_descriptors()
-    links.clear()
+            inherited.close_descriptors()
+    link.links.clear()
     _default, _default_lock = None, Lock()
+    link.forking = RLock()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(
+    before=_hold_fork,
+    after_in_parent=_let_fork,
+    after_in_child=_forget_in_child,
+)

@@ -24,6 +24,8 @@ ABSENT, CLEAN, PRIVATE, EVICTING = (
 )
 BATCH_PAGES = 256
 """Dropped together when a budget is full: 1 MiB of 4 KiB pages, about 80 µs."""
+SCAN = 1024
+"""Blocks that a fault looks at for room, at most: if all are pinned it goes on, and the next fault looks further."""
 EVICTION = object()
 """The claim of an eviction."""
 
@@ -32,7 +34,7 @@ def make_room(region: Served) -> None:
     """Drop the oldest clean blocks, one batch. Drops none if all are pinned or private: a fault must go on."""
     batch = max(1, min(BATCH_PAGES // region.pages_per_block, region.limit // 4))
     wanted = max(batch, region.resident_blocks() - region.limit + batch)
-    _drop(region, _oldest(region, wanted, lambda _: True))
+    _drop(region, _oldest(region, wanted, lambda _: True, most=SCAN))
 
 
 def evict_range(region: Served, first: int, stop: int) -> int:
@@ -40,10 +42,10 @@ def evict_range(region: Served, first: int, stop: int) -> int:
     return _drop(region, _oldest(region, len(region.order), lambda block: first <= block < stop))
 
 
-def _oldest(region: Served, wanted: int, fits: Callable[[int], bool]) -> list[int]:
-    """Claim up to `wanted` blocks, oldest first, and mark them. Each block is looked at once."""
+def _oldest(region: Served, wanted: int, fits: Callable[[int], bool], most: int | None = None) -> list[int]:
+    """Claim up to `wanted` blocks, oldest first, and mark them. Each block is looked at once, and `most` of them."""
     taken: list[int] = []
-    for _ in range(len(region.order)):
+    for _ in range(len(region.order) if most is None else min(most, len(region.order))):
         if len(taken) == wanted:
             break
         try:

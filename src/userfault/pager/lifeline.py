@@ -18,6 +18,9 @@ nobody uses, and its handler is libc's own `abort`, no C of ours.  So the proces
 whether SIGABRT is at that time ignored, blocked, handled in Python or handled by `faulthandler`, which prints where
 every thread is: also the touching line.
 
+The signal is the highest real-time signal without a handler, `SIGRTMAX - 1` as a rule.  Whoever takes it away while a
+region is open takes this protection away.
+
 A pager that is closed in good order disarms its lifeline first.  An exit of the application needs no disarming, since
 the pager outlives it; an exec closes our end; a forked child does not own the signal.
 """
@@ -50,17 +53,15 @@ _chosen = 0
 
 
 def signal_number() -> int:
-    """Return the real-time signal whose handler is `abort`; the first call chooses it and installs the handler.
+    """Return the real-time signal whose handler is `abort`; the first call chooses it, each installs the handler.
 
     Raises:
         UnsupportedError: if every real-time signal has a handler already.
     """
     global _chosen  # noqa: PLW0603  # a signal handler is the process's, and so is this
-    if not _chosen:
-        _chosen = _free_signal()
-        abort = ctypes.cast(_libc.abort, ctypes.c_void_p)
-        if _libc.signal(_chosen, abort) == _SIG_ERR:
-            raise UnsupportedError("a real-time signal", "run outside the sandbox that forbids rt_sigaction(2)")
+    _chosen = _chosen or _free_signal()
+    if _libc.signal(_chosen, ctypes.cast(_libc.abort, ctypes.c_void_p)) == _SIG_ERR:
+        raise UnsupportedError("a real-time signal", "run outside the sandbox that forbids rt_sigaction(2)")
     return _chosen
 
 

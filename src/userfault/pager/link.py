@@ -23,7 +23,7 @@ from userfault.errors import PagerLostError
 from userfault.kernel import abi
 from userfault.kernel.userfaultfd import Userfaultfd
 from userfault.pager import failure, spawn, wire
-from userfault.pager.lifeline import Lifeline
+from userfault.pager.lifeline import Lifeline, signal_number
 from userfault.pager.wire import Message
 
 TYPE_CHECKING = False
@@ -42,6 +42,8 @@ START_S = 60.0
 """How long a pager may take to say hello; an overloaded machine needs seconds."""
 STOP_S = 10.0
 
+forking = RLock()
+"""Held while descriptors exist that a forked child must not inherit unknowingly; a fork waits for it."""
 links: weakref.WeakSet[Link] = weakref.WeakSet()
 """Every link of this process, for the sake of forked children."""
 
@@ -73,11 +75,11 @@ class Link:
         """What `retire` could not send yet."""
         self._hello = Event()
         self._over = False
-        with spawn.standard_descriptors():
+        with forking, spawn.standard_descriptors():
             self._begin()
+            links.add(self)
         self._thread = Thread(target=self._listen, name="userfault", daemon=True)
         self._thread.start()
-        links.add(self)
         try:
             if not self._hello.wait(START_S) or self.lost:
                 reason = self.lost or "no answer"
@@ -186,6 +188,7 @@ class Link:
     def opened(self) -> None:
         """A region is about to open: from now on the pager's death is the application's."""
         with self._lock:
+            signal_number()  # somebody may have put another handler in its place since
             if not self._open_regions and not self.lifeline.arm():
                 self.lost = self.lost or "the pager was killed"
                 raise PagerLostError(self.lost)
@@ -262,7 +265,7 @@ class Link:
 
     def _greet(self, message: Message) -> None:
         """A worker says hello: a new one gets everything that the old one may have taken along."""
-        again = list(self._pending.values()) if self.worker_pid not in (-1, message.a) else []
+        again = list(self._pending.values()) if self._hello.is_set() else []
         self.workers += message.a != self.worker_pid
         self.worker_pid, self.supervisor_pid = message.a, message.b
         for pending in again:

@@ -8,6 +8,8 @@ Some facts
   the memfd is mapped over its addresses (`MAP_FIXED`); when it unmaps them it does the right thing.
 * Addresses that are unmapped may be used again at once, by another region too.  A `UFFDIO_COPY` of a worker
   that did not yet know would land in it.  So the worker is told first and answers before anything is unmapped.
+* A page that exists is believed, whoever made it.  A process that has called `mlockall(MCL_FUTURE)` populates each new
+  mapping at once, with zeros.  So the memfd is mapped inaccessible first, then registered, then opened.
 * When a range leaves userfaultfd its holes read as zeros.  So at the end inaccessible memory is mapped over the range,
   in one step, and only then are those woken who may still wait there: they meet SIGSEGV, never a zero.
 * `MADV_DONTFORK`: a child does not inherit the range.  But it inherits the Python object, which will one day unmap
@@ -68,8 +70,9 @@ class Mapping(mmap.mmap):
             recipe.write(fd, layout.recipe)
             self.ledger = Ledger(fd, layout)
             self._write_header(mode, budget, layout)
-            self._cover(fd, mmap.PROT_READ if mode == "r" else mmap.PROT_READ | mmap.PROT_WRITE)
+            self._cover(fd)
             self._register(self.link.uffd, mode)
+            memory.protect(self.address, self.length, _protection(mode))
         except BaseException:
             os.close(fd)
             raise
@@ -92,9 +95,10 @@ class Mapping(mmap.mmap):
         for index, value in header.items():
             words[index] = value
 
-    def _cover(self, fd: int, prot: int) -> None:
+    def _cover(self, fd: int) -> None:
+        """Map the memfd, inaccessible: what must not exist before it is registered is a page (mlockall makes some)."""
         flags = mmap.MAP_SHARED | abi.MAP_NORESERVE | abi.MAP_FIXED
-        memory.map_memory(self.length, fd=fd, prot=prot, flags=flags, address=self.address)
+        memory.map_memory(self.length, fd=fd, prot=0, flags=flags, address=self.address)
         for advice in (abi.MADV_DONTFORK, abi.MADV_DONTDUMP):
             memory.advise(self.address, self.length, advice)
 
@@ -131,15 +135,18 @@ class Mapping(mmap.mmap):
             self.link.retire(self)  # which holds it until the pager has answered
 
 
+def _protection(mode: str) -> int:
+    return mmap.PROT_READ if mode == "r" else mmap.PROT_READ | mmap.PROT_WRITE
+
+
 def new_mapping(size: int, mode: str) -> Mapping:
     """Reserve the addresses of a region.
 
     Raises:
         KernelError: if there is no room.
     """
-    prot = mmap.PROT_READ if mode == "r" else mmap.PROT_READ | mmap.PROT_WRITE
     try:
-        return Mapping(-1, size, flags=_RESERVED, prot=prot)
+        return Mapping(-1, size, flags=_RESERVED, prot=_protection(mode))
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", None) or errno.ENOMEM
         raise KernelError(number, "mmap", f"{size} bytes for a region") from error

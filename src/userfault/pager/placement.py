@@ -43,7 +43,15 @@ QUIET_NS = 100_000_000
 FIRST_PENANCE_NS, MOST_PENANCE_NS = 1_000_000_000, 60_000_000_000
 CAP_SYS_NICE = 23
 HOME = os.sched_getaffinity(0)
-"""The cores of this process, as it was started."""
+"""The cores of this process: those of the application's main thread, once `settle` was called."""
+
+
+def settle(pid: int) -> None:
+    """Make the cores of an application's main thread this process's: the thread that started it may have had fewer."""
+    global HOME  # noqa: PLW0603  # one process, one set of cores
+    with contextlib.suppress(OSError):
+        HOME = os.sched_getaffinity(pid)
+        os.sched_setaffinity(0, HOME)
 
 
 def go_home() -> None:

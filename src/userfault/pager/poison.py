@@ -30,7 +30,7 @@ def poison(uffd: Userfaultfd, address: int, length: int) -> int:
         if error == errno.EEXIST:  # a page is there: skip it, but not whoever waits for it
             uffd.wake(address, PAGE_SIZE)
             address += PAGE_SIZE
-        elif error == errno.EAGAIN and impatience < PATIENCE:  # the memory map is changing under us
+        elif error in (errno.EAGAIN, errno.ENOMEM) and impatience < PATIENCE:  # both pass: nobody may be left asleep
             impatience += 1
             time.sleep(0.001)
         elif error:

@@ -275,6 +275,7 @@ class Served:
         offset, length = self.geometry.span(block)
         reason = failure.describe(error, self.store, offset, length)
         self.errors[block] = failure.encode(reason)
+        self.claims[block] = INSTALLING
         if self.closing:
             return
         if self.states[block] != PRIVATE:  # whose other pages hold what the user wrote
@@ -322,19 +323,34 @@ class Served:
     def recover(self) -> None:
         """Put the states in order that a dead worker left, and wake everybody: read messages are never sent again."""
         for first, stop in self.ledger.occupied(self.fd):
-            for block in range(first, stop):
-                self._recover_block(block, self.states[block])
+            for start in range(first, stop, PAGE_SIZE):
+                self._recover_part(start, bytes(self.states[start : min(start + PAGE_SIZE, stop)]))
         self.wake(0, self.geometry.length)
 
+    def _recover_part(self, start: int, part: bytes) -> None:
+        clean, absent = part.count(CLEAN), part.count(ABSENT)
+        if clean:
+            self.order.extend(block for block, state in enumerate(part, start) if state == CLEAN)
+        if clean + absent < len(part):
+            for block, state in enumerate(part, start):
+                self._recover_block(block, state)
+
     def _recover_block(self, block: int, state: int) -> None:
-        if state == CLEAN:
-            self.order.append(block)
-        elif state == PRIVATE:
+        if state == PRIVATE:
             self.private.add(block)
             self.counters.became_private()
-        elif state in (EVICTING, FILLING):  # what a dead worker had copied is right, but nobody would ever drop it
+        elif state == EVICTING and self.pins[block] and self._is_whole(block):
+            self.states[block] = CLEAN  # it was pinned while its worker looked: the hole was never made
+            self.order.append(block)
+        elif state == EVICTING:
             memfd.punch_hole(self.fd, *self._extent(block))
             self.states[block] = ABSENT
+        elif state == FILLING:
+            self.states[block] = ABSENT
+
+    def _is_whole(self, block: int) -> bool:
+        start, length = self._extent(block)
+        return list(memfd.data_extents(self.fd, start, start + length)) == [(start, start + length)]
 
     def close(self, hot_claims: tuple[object, ...]) -> None:
         """Stop touching the application's memory, and forget the region. Called by the control thread."""

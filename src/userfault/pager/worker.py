@@ -12,6 +12,7 @@ import sys
 from threading import Thread
 
 from userfault.kernel.userfaultfd import Userfaultfd
+from userfault.pager import placement
 from userfault.pager.control import Control
 from userfault.pager.faults import FaultLoop
 from userfault.pager.placement import Placement
@@ -28,6 +29,7 @@ SWITCH_INTERVAL_S = 0.0002
 def run(will: Will) -> None:
     """The worker's life."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    placement.settle(will["pid"])
     uffd = Userfaultfd(will["uffd"], features=will["features"])
     loop = FaultLoop(uffd, Placement(will["pid"]))
     control = Control(will, uffd, loop)

@@ -143,6 +143,4 @@ def check_range(store: Store, offset: int, length: int) -> None:
         ValueError: It begins before the start or ends past the end.
     """
     if offset < 0 or offset + length > store.size:
-        raise ValueError(
-            f"{store.describe()}: offset {offset}, length {length} is outside its {store.size} bytes"
-        )
+        raise ValueError(f"{store.describe()}: offset {offset}, length {length} is outside its {store.size} bytes")

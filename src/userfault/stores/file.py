@@ -51,6 +51,8 @@ class FileStore(Store):
     and new bytes: checked after every cold read, and every 50 ms at most while the bytes come from the page
     cache.
 
+    The first block is always read by ``read_into``, which opens the file and finds out what its file system can do.
+
     Any thread may call ``read_into``. After a fork, parent and child may both go on.
 
     Args:
@@ -88,8 +90,9 @@ class FileStore(Store):
         self._believed: dict[int, float] = {}  # by chunk: until when locate() need not look again
         self._belief = Belief()
         self._checked_until = 0.0
-        self._mode: int | None = None
-        self._was_cold = True
+        self._mode: int | None = None  # how to read without waiting; the first read finds out
+        self._asks = True  # until the kernel says that it does not tell what is cached
+        self._refused = -1  # where locate() was last told that a block is cold
 
     # -- reading, however long it takes ----------------------------------------------------------------------
 
@@ -106,6 +109,8 @@ class FileStore(Store):
             file = open_file(self._path, self._identity)
             self._fill(file, offset, buffer)
             self._check()
+            if self._mode is None:
+                self._mode = page_cache.reading_mode(file.fd)
         except FileChangedError as error:
             raise self._failure("the file has changed beneath us", offset, length, error) from None
         except OSError as error:
@@ -133,56 +138,84 @@ class FileStore(Store):
         """Return the address of a hot block in a mapping of the file, else 0; see ``Store.locate``."""
         if monotonic() < self._believed.get(offset >> CHUNK_SHIFT, 0.0):
             return self._base + offset
-        return self._base + offset if self._look(offset >> CHUNK_SHIFT, length) else 0
+        return self._base + offset if self._look(offset, length) else 0
 
-    def _look(self, chunk: int, length: int) -> bool:
-        """Tell whether a chunk is hot, when the table does not know; and put it there."""
-        now = monotonic()
-        if not self._is_unchanged(now):
+    def _look(self, offset: int, length: int) -> bool:
+        """Tell whether a block is hot, when the table does not know; with its whole chunk, put that there."""
+        now, chunk = monotonic(), offset >> CHUNK_SHIFT
+        if not self._can_tell(now):
             return False
         if now >= self._belief.until(chunk):
-            if not self._belief.is_due(chunk, length):
-                return False
-            hot = self._is_hot(chunk)
+            if not self._belief.is_due(chunk, length, now):
+                return self._is_hot_block(offset, length, now)
+            start = chunk << CHUNK_SHIFT
+            known = self._belief.has_seen(chunk)
+            hot = self._is_hot(start, min(CHUNK, self.size - start), settled=known)
             self._belief.learn(chunk, now, hot=hot)
             if not hot:
-                return False
+                return self._is_hot_block(offset, length, now)
         self._believed[chunk] = min(self._belief.until(chunk), self._checked_until)
         return True
 
-    def _is_hot(self, chunk: int) -> bool:
-        """Ask the kernel whether all of a chunk is in the page cache; if so, see to it that it is mapped."""
-        start = chunk << CHUNK_SHIFT
-        end = min(start + CHUNK, self.size)
+    def _is_hot_block(self, offset: int, length: int, now: float) -> bool:
+        if self._is_hot(offset, length):
+            return True
+        self._belief.doubt(now)
+        return False
+
+    def _is_hot(self, offset: int, length: int, *, settled: bool = False) -> bool:
+        """Ask the kernel whether all of a range is in the page cache; if so, see to it that it is mapped.
+
+        Pages that are being read count as cached, so the last one must be read, for trial: reading ahead goes
+        forward. ``settled``: that has been done before.
+        """
+        self._refused = -1
         file = self._file()
-        if start >= end or file is None or self._mode == page_cache.CANNOT:
+        if length <= 0 or file is None or not self._asks:
             return False
-        if not page_cache.cached(file.fd, self._offset + start, end - start):
-            return False
-        # Pages that are being read count as cached. Reading ahead goes forward, so the last one tells.
-        if self._mode and page_cache.try_read(file.fd, bytearray(1), self._offset + end - 1, self._mode) <= 0:
-            return False
-        return bool(self._mapping or self._map(file))
+        start = self._offset + offset
+        answer = page_cache.cached(file.fd, start, length)
+        self._asks = answer is not None
+        if answer and (
+            settled
+            or self._mode == page_cache.PLAIN
+            or page_cache.try_read(file.fd, bytearray(1), start + length - 1, page_cache.NOWAIT) == 1
+        ):
+            return bool(self._mapping or self._map(file))
+        if self._asks:
+            self._refused = offset
+        return False
 
     def read_now(self, offset: int, buffer: memoryview) -> bool:
-        """Read a block that is in the page cache; see ``Store.read_now``."""
-        file = self._file() if self._is_unchanged(monotonic()) else None
+        """Read a block that is in the page cache; see ``Store.read_now``.
+
+        The way for files about which the kernel tells us nothing: not ours, or before Linux 6.5.
+        """
+        refused, self._refused = self._refused, -1
+        file = self._file() if offset != refused and self._can_tell(monotonic()) else None
         mode = self._mode
-        if file is None or mode is None or mode == page_cache.CANNOT:
+        if file is None or mode is None:  # cold, as locate() has just been told; or nothing is known
             return False
         start, length = self._offset + offset, buffer.nbytes
-        if self._was_cold or not mode:
+        if self._asks:
             # Trying to read what is cold would begin to read it, here in the fault loop: better ask.
             answer = page_cache.cached(file.fd, start, length)
-            if not answer and not (answer is None and mode):
+            self._asks = answer is not None
+            if answer is False:
                 return False
-        self._was_cold = page_cache.try_read(file.fd, buffer, start, mode) != length
-        return not self._was_cold
+        if mode == page_cache.PLAIN and not self._asks:
+            return False
+        return page_cache.try_read(file.fd, buffer, start, mode) == length
 
-    def _is_unchanged(self, now: float) -> bool:
-        """Tell whether the file is what it was, CHECK_S ago at most."""
+    def _can_tell(self, now: float) -> bool:
+        """Tell whether hot can be told from cold, and the file is what it was, CHECK_S ago at most.
+
+        Not before the first read: on a network, opening a file may take long, and this is the fault loop.
+        """
         if now < self._checked_until:
             return True
+        if self._mode is None or self._mode == page_cache.CANNOT:
+            return False
         self._believed.clear()
         try:
             self._check()
@@ -195,12 +228,9 @@ class FileStore(Store):
     def _file(self) -> OpenFile | None:
         """Return the open file; ``None`` if it cannot be had: ``read_into`` will say why."""
         try:
-            file = open_file(self._path, self._identity)
+            return open_file(self._path, self._identity)
         except (OSError, FileChangedError):
             return None
-        if self._mode is None:
-            self._mode = page_cache.reading_mode(file.fd)
-        return file
 
     def _map(self, file: OpenFile) -> bool:
         """Map the part of the file: address space only, however large it is."""
@@ -212,7 +242,7 @@ class FileStore(Store):
                 length, fd=file.fd, offset=self._offset - skipped, prot=memory.PROT_READ, flags=flags
             )
         except KernelError:  # a file system that cannot, or no address space left: then nothing is ever hot
-            self._mode = page_cache.CANNOT
+            self._mode, self._checked_until = page_cache.CANNOT, 0.0
             return False
         self._mapping, self._mapping_length, self._base = address, length, address + skipped
         return True

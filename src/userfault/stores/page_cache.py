@@ -8,7 +8,7 @@ Some facts about the page cache
   It says EPERM where mincore would lie (since 6.14). It counts pages that are still being read.
 * ``preadv2(2)`` with ``RWF_NOWAIT`` (Linux 4.14) tells the truth, page being read included, and needs no
   right but to read. Asked about pages that are not there it **starts to read them**, and submitting that
-  takes the caller 10 to 100 µs, now and then milliseconds. Not every file system can: neither tmpfs nor NFS.
+  takes the caller 10 to 100 µs, now and then milliseconds. Not every file system can; tmpfs cannot.
 
 What this means for us
 ----------------------
@@ -43,8 +43,8 @@ _syscall = ctypes.PyDLL(None).syscall
 _syscall.restype = ctypes.c_long
 _NUMBER = ctypes.c_long(_NR_CACHESTAT)
 _NO_FLAGS = ctypes.c_long(0)
-_Range = ctypes.c_uint64 * 2  # struct cachestat_range: off, len
-_Answer = ctypes.c_uint64 * 5  # struct cachestat: nr_cache first, then dirty, writeback, evicted pages
+_Call = ctypes.c_uint64 * 7  # struct cachestat_range: off, len; then struct cachestat: nr_cache and four more
+_ANSWER = 16  # where the second begins
 
 
 def cached(fd: int, offset: int, length: int) -> bool | None:
@@ -54,11 +54,11 @@ def cached(fd: int, offset: int, length: int) -> bool | None:
         ``None`` when the kernel does not say: before Linux 6.5, under some seccomp filters, on hugetlbfs, and
         for files that the caller neither owns nor may write.
     """
-    answer = _Answer()
-    if _syscall(_NUMBER, ctypes.c_long(fd), _Range(offset, length), answer, _NO_FLAGS):
+    call = _Call(offset, length)
+    if _syscall(_NUMBER, fd, call, ctypes.byref(call, _ANSWER), _NO_FLAGS):
         return None
     pages = (offset + length - 1) // PAGESIZE - offset // PAGESIZE + 1
-    return int(answer[0]) == pages
+    return int(call[2]) == pages
 
 
 def try_read(fd: int, buffer: memoryview | bytearray, offset: int, mode: int) -> int:

@@ -1,9 +1,10 @@
 """What a test of stores, regions and pagers needs; shipped, so that authors of stores can use it too.
 
-* ``stores``: ``StoreTests``, a conformance kit: subclass it, and pytest checks your store against all that ``Store``
-  promises. Needs pytest.
+* ``stores``: ``StoreTests``, a conformance kit: subclass it, and pytest checks your store against all that
+  ``Store`` promises. Needs pytest.
 * ``patterns``: stores whose bytes follow from their offset, up to any size, and one that counts its reads.
 * ``misbehaving``: stores that are slow, stall, fail, crash, lie, or hold the GIL.
+* ``reading``: ``read_bytes``, and ``read_elsewhere`` in another process.
 * ``child``: ``run_child``, for whatever may hang or crash.   * ``leaks``: ``no_leaks``.
 * ``toucher``: reading and writing memory by address with the GIL released.
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         WrongErrorStore,
     )
     from .patterns import CountingStore, PatternStore
+    from .reading import read_bytes, read_elsewhere
     from .stores import StoreTests
     from .toucher import poke, touch
 
@@ -40,6 +42,7 @@ _HOMES = {
         " UnpicklableStore WrongErrorStore"
     ),
     "patterns": "CountingStore PatternStore",
+    "reading": "read_bytes read_elsewhere",
     "stores": "StoreTests",
     "toucher": "poke touch",
 }
@@ -63,6 +66,8 @@ __all__ = [
     "WrongErrorStore",
     "no_leaks",
     "poke",
+    "read_bytes",
+    "read_elsewhere",
     "run_child",
     "touch",
 ]

@@ -1,7 +1,8 @@
 """Stores that misbehave, each in one way, on purpose.
 
-They run in the pager, so what they wait for and what they report are **paths**: a store waits until a path appears, and
-makes one to say that it has begun. A test can see and make those from any process, and no descriptor is involved.
+They run in the pager, so what they wait for and what they report are **paths**: a store waits until a path
+appears, and makes one to say that it has begun. A test can see and make those from any process, and no
+descriptor is involved.
 
 None of them answers ``locate`` or ``read_now``: their misbehaviour would be missed.
 """
@@ -14,7 +15,6 @@ import signal
 import time
 
 from userfault.errors import StoreError
-from userfault.stores.base import Store
 
 from .patterns import PatternStore, RecipeStore
 
@@ -22,6 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any, NoReturn
+
+    from userfault.stores.base import Store
 
 __all__ = [
     "CrashingStore",
@@ -175,9 +177,10 @@ class WrongErrorStore(PatternStore):
 
     Args:
         size: Bytes.
-        kind: ``"SystemExit"``, ``"KeyboardInterrupt"``, ``"GeneratorExit"``, ``"MemoryError"``, ``"RecursionError"``,
-            ``"unpicklable"`` (an error that cannot travel), ``"unprintable"`` (whose text raises), ``"StoreError"``
-            (one that names another store), or ``"huge"`` (a text of a megabyte).
+        kind: ``"SystemExit"``, ``"KeyboardInterrupt"``, ``"GeneratorExit"``, ``"MemoryError"``,
+            ``"RecursionError"``, ``"unpicklable"`` (an error that cannot travel), ``"unprintable"`` (whose
+            text raises), ``"StoreError"`` (one that names another store), or ``"huge"`` (a text of a
+            megabyte).
     """
 
     def __init__(self, size: int, kind: str) -> None:
@@ -256,7 +259,7 @@ class UnpicklableStore(PatternStore):
         raise TypeError("cannot pickle 'UnpicklableStore' object")
 
 
-# -- how ------------------------------------------------------------------------------------------------------------
+# -- how -----------------------------------------------------------------------------------------------------
 
 
 class _UnpicklableError(Exception):
@@ -302,9 +305,10 @@ def _make(path: str) -> bool:
 def _crash(how: str) -> None:
     if how == "exit":
         os._exit(3)
-    numbers = {"segv": signal.SIGSEGV, "abort": signal.SIGABRT, "kill": signal.SIGKILL}
-    number = numbers[how]
-    if number != signal.SIGKILL:
-        signal.signal(number, signal.SIG_DFL) if _is_main() else None
-    os.kill(os.getpid(), number)
-    time.sleep(60)  # a signal to the process may reach another thread first
+    elif how == "segv":
+        ctypes.string_at(8)
+    elif how == "abort":
+        os.abort()
+    elif how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError(f"how must be 'exit', 'segv', 'abort' or 'kill', not {how!r}")

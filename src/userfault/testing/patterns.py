@@ -1,4 +1,4 @@
-"""Stores that need nothing beneath them: bytes that follow from their offset, and a record of what was read."""
+"""Stores with bytes that follow from their offset, and a store that keeps a record of its reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _mix(number: int) -> int:
 
 
 class RecipeStore(Store):
-    """A store that is what its arguments say: equal to another with the same ones, and picklable with them."""
+    """A store that is what its arguments say: equal to one with the same arguments, pickled with them."""
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.__dict__ == other.__dict__
@@ -33,7 +33,7 @@ class RecipeStore(Store):
 
 
 class PatternStore(RecipeStore):
-    """Bytes that follow from their offset: a test knows what must be where, at any size, and nothing is stored.
+    """Bytes that follow from their offset: nothing is stored, and a test knows what must be where.
 
     No page equals another, nor does a page shifted by a word. Any thread; nothing to close; unharmed by fork.
 
@@ -90,7 +90,7 @@ class PatternStore(RecipeStore):
 
 
 class CountingStore(RecipeStore):
-    """A store that writes down every read, so that a test in another process can see what the pager asked for.
+    """A store that writes down every read, so that a test can see what the pager asked for.
 
     Args:
         inner: The store that has the bytes.
