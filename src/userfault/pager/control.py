@@ -204,6 +204,7 @@ class Control:
             self._poll.unregister(self.control)
             self._listening = False
             self._tick()
+            self._over = self._over or not (self.regions or self._opening)  # then nobody will ever need us
             return
         try:
             self._verbs[message.kind](message)

@@ -14,6 +14,7 @@ import site
 import struct
 import sys
 from _pickle import dumps, loads  # the C half: the Python half drags in half of the standard library
+from threading import Lock
 
 from userfault.blocks.geometry import PAGE_SIZE, round_up
 from userfault.errors import StoreError
@@ -54,7 +55,7 @@ class Recipe:
         self._buffers = [memoryview(buffer.raw()) for buffer in buffers]
         foreign = not kind.__module__.startswith("userfault.")
         lengths = [len(buffer) for buffer in self._buffers]
-        head = marshal.dumps((sys.path if foreign else [], pickled, lengths))
+        head = marshal.dumps((sys.path if foreign else [], store.concurrency, pickled, lengths))
         self._head = _LENGTH.pack(len(head)) + head
         self.length = len(self._head) + sum(PAGE_SIZE + round_up(n, PAGE_SIZE) for n in lengths)
 
@@ -73,50 +74,75 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[done:], offset + done
 
 
-def load(recipe: memoryview) -> Store:
+def _head(recipe: memoryview) -> tuple[list[str], int, bytes, list[int], int]:
+    """Return the path, the store's concurrency, its pickle, the lengths of its buffers, and where these begin."""
+    (length,) = _LENGTH.unpack_from(recipe)
+    path, concurrency, pickled, lengths = marshal.loads(recipe[_LENGTH.size : _LENGTH.size + length])  # noqa: S302
+    return path, concurrency, pickled, lengths, round_up(_LENGTH.size + length, PAGE_SIZE)
+
+
+def load(recipe: memoryview, size: int) -> Store:
     """Make the store of a recipe, in the pager. The result may use the recipe's memory as long as it lives.
 
     Raises:
-        StoreError: if it cannot be made here; `cause` says why.
+        StoreError: if it cannot be made here, or does not have `size` bytes; `cause` says why.
     """
-    (length,) = _LENGTH.unpack_from(recipe)
-    path, pickled, lengths = marshal.loads(recipe[_LENGTH.size : _LENGTH.size + length])  # noqa: S302  # our own
-    offset, buffers = round_up(_LENGTH.size + length, PAGE_SIZE), []
-    for size in lengths:
-        buffers.append(recipe[offset : offset + size])
-        offset += round_up(size, PAGE_SIZE)
-    _extend_path(path)
+    path, _, pickled, lengths, offset = _head(recipe)
+    buffers = []
+    for length in lengths:
+        buffers.append(recipe[offset : offset + length])
+        offset += round_up(length, PAGE_SIZE)
     try:
-        try:
-            store: Store = loads(pickled, buffers=buffers)
-        except ModuleNotFoundError:
-            _run_path_files(path)  # an editable installation is found by a hook that only `site` installs
-            store = loads(pickled, buffers=buffers)
+        store = _unpickle(path, pickled, buffers)
     except BaseException as error:
         cause = f"{type(error).__name__}: {error}"
         raise StoreError(f"the pager could not make the store; {_REMEDY}", cause=cause) from error
+    if store.size != size:
+        raise StoreError(
+            f"the store has {store.size} bytes, but had {size} when the region was opened", store=store.describe()
+        )
+    return store
+
+
+def _unpickle(path: list[str], pickled: bytes, buffers: list[memoryview]) -> Store:
+    _extend_path(path)
+    try:
+        store: Store = loads(pickled, buffers=buffers)
+    except ModuleNotFoundError:
+        _run_path_files(path)  # an editable installation is found by a hook that only `site` installs
+        store = loads(pickled, buffers=buffers)
     return store
 
 
 class LateStore(Store):
-    """Stands for a store that a former worker had and this one could not make again; each read tries once more.
+    """Stands for a store that a former worker had: made at the first read, by a reader, and tried again if need be.
 
-    So one data base that is down fails its own region's blocks, and not the worker with all its regions.
+    So a store that takes long to make delays no other region after a restart, and one that cannot be made again (a data
+    base is down) fails its own region's blocks and not the worker with all its regions.
     """
-
-    concurrency = 1
 
     def __init__(self, recipe: memoryview, size: int) -> None:
         self.size = size
+        self.concurrency = max(1, _head(recipe)[1])
         self._recipe = recipe
         self._store: Store | None = None
+        self._lock = Lock()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Make the store if there is none yet, and read from it."""
-        store = self._store = self._store or load(self._recipe)
-        if store.size != self.size:
-            raise StoreError(f"the store has {store.size} bytes now, and had {self.size}")
+        with self._lock:
+            store = self._store = self._store or load(self._recipe, self.size)
         store.read_into(offset, buffer)
+
+    def close(self) -> None:
+        """Close the store if there is one."""
+        if self._store is not None:
+            self._store.close()
+
+
+def is_foreign(recipe: memoryview) -> bool:
+    """Whether the store is of a class of the user's own, of which nothing is known."""
+    return bool(_head(recipe)[0])
 
 
 def _extend_path(path: list[str]) -> None:

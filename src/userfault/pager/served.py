@@ -100,7 +100,7 @@ class Served:
         """Take a region on from its memfd; `again` says that a former worker has served it.
 
         Raises:
-            StoreError: if its store cannot be made here, or is not what it was; never `again`, then its reads fail.
+            StoreError: if its store cannot be made here, or is not what it was.
         """
         self.fd = fd
         self.uffd = uffd
@@ -136,23 +136,11 @@ class Served:
         self.pool: Pool | None = None
         self.on_filled: Callable[[], None] = _nothing
         """Called after each block that was brought in by another way than the fault loop's own."""
-        try:
-            self.store = self._make_store()
-        except BaseException:
-            if not again:
-                raise
-            self.store = recipe.LateStore(self.ledger.recipe, geometry.size)
+        late = again and recipe.is_foreign(self.ledger.recipe)
+        make = recipe.LateStore if late else recipe.load
+        self.store: Store = make(self.ledger.recipe, geometry.size)
         self.locate = self.store.locate if _is_ours(self.store) else self._locate_carefully
         self.inline = self.store.concurrency == 0
-
-    def _make_store(self) -> Store:
-        store = recipe.load(self.ledger.recipe)
-        if store.size != self.geometry.size:
-            raise StoreError(
-                f"the store has {store.size} bytes, but had {self.geometry.size} when the region was opened",
-                store=store.describe(),
-            )
-        return store
 
     # -- numbers ---------------------------------------------------------------------------------------------
 
