@@ -31,6 +31,7 @@ class Subject:
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         self.base = memory.map_memory(self.size, fd=self.fd, prot=memory.PROT_READ)
         self.store = FileStore(self.path)
+        self.store.read_into(0, self.staging[:1])  # before its first read a store knows nothing
         self._mincore, self._vector = ctypes.PyDLL(None).mincore, bytearray(512)
         self._address, self._length = ctypes.c_void_p(), ctypes.c_size_t()
         self._answer = ctypes.c_void_p(memory.address_of(self._vector))

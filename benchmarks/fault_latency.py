@@ -210,9 +210,7 @@ def run(bench: Bench, rows: list[Row], repetitions: int) -> None:
             elapsed, total = row.measure()
             faulthandler.cancel_dump_traceback_later()
             if total != expected[row.size]:
-                raise RuntimeError(
-                    f"{row.pager}, {row.placement}: sum {total}, expected {expected[row.size]}"
-                )
+                raise RuntimeError(f"{row.pager}, {row.placement}: sum {total}, expected {expected[row.size]}")
             if repetition:
                 row.nanoseconds.append(elapsed)
         print(
@@ -263,19 +261,13 @@ def checks(rows: list[Row]) -> list[Check]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="What one page fault costs, against a C pager and numpy.memmap."
-    )
+    parser = argparse.ArgumentParser(description="What one page fault costs, against a C pager and numpy.memmap.")
     parser.add_argument("--output", type=Path, help="folder for fault_latency.json and fault_latency.svg")
     parser.add_argument("--quick", action="store_true", help="a few megabytes, once: does it run at all?")
     parser.add_argument("--required", action="store_true", help="only the rows behind the promised ratios")
-    parser.add_argument(
-        "--check", action="store_true", help="exit with status 1 if a promised ratio is missed"
-    )
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a promised ratio is missed")
     parser.add_argument("--repetitions", type=int, help="how often each row is measured")
-    parser.add_argument(
-        "--folder", type=Path, help="where the temporary file is made (default: the usual place)"
-    )
+    parser.add_argument("--folder", type=Path, help="where the temporary file is made (default: the usual place)")
     return parser.parse_args(arguments)
 
 

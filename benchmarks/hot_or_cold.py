@@ -95,8 +95,7 @@ def kinds(subject: Subject, settings: Settings) -> Iterator[tuple[str, str, int]
 def check(subject: Subject, settings: Settings) -> None:
     """Print what one answer costs on a hot file."""
     candidates = {
-        name: getattr(subject, name)
-        for name in ("nothing", "mincore", "cachestat", "probe", "nowait", "locate")
+        name: getattr(subject, name) for name in ("nothing", "mincore", "cachestat", "probe", "nowait", "locate")
     }
 
     def before(name: str) -> None:
@@ -183,8 +182,7 @@ def install(subject: Subject, settings: Settings) -> None:
         )
         floor = statistics.median(found["no check"])
         cells = "  ".join(
-            f"{name} {spread(values, 1e3)} x{statistics.median(values) / floor:.2f}"
-            for name, values in found.items()
+            f"{name} {spread(values, 1e3)} x{statistics.median(values) / floor:.2f}" for name, values in found.items()
         )
         print(f"  {length // KIB:5} KiB {order:10} {folios} folios: {cells}")
     destination.close()
@@ -195,9 +193,7 @@ def install(subject: Subject, settings: Settings) -> None:
 
 def cold(subject: Subject, settings: Settings) -> None:
     """Print what candidates answer on a cold file, and what that does."""
-    print(
-        "\ncold: microseconds for an answer: median, 99th percentile, most; pages that the kernel then read"
-    )
+    print("\ncold: microseconds for an answer: median, 99th percentile, most; pages that the kernel then read")
     for length in BLOCKS:
         for name in ("mincore", "cachestat", "probe", "nowait", "store_now", "pread"):
             cool(subject)
@@ -211,16 +207,13 @@ def cold(subject: Subject, settings: Settings) -> None:
             pages = sum(bool(cached(subject.fd, offset, PAGE)) for offset in range(0, subject.size, PAGE))
             figures = f"{statistics.median(took):8.1f} {took[int(len(took) * 0.99)]:9.1f} {took[-1]:9.1f}"
             print(
-                f"  {length // KIB:5} KiB {name:10} hot {sum(answers):3} of {len(answers)}:"
-                f"  {figures}   {pages} pages"
+                f"  {length // KIB:5} KiB {name:10} hot {sum(answers):3} of {len(answers)}:  {figures}   {pages} pages"
             )
 
 
 def flight(subject: Subject, settings: Settings) -> None:
     """Print what is said while the kernel reads ahead: ask about a block, then copy it."""
-    print(
-        "\nflight: going through a cold file by 64 KiB: blocks said to be hot, and those a copy had to wait for"
-    )
+    print("\nflight: going through a cold file by 64 KiB: blocks said to be hot; those a copy had to wait for")
     offsets = range(0, min(subject.size, 64 * MIB), 64 * KIB)
     warm(subject, small=False)
     usual = statistics.median(copy_time(subject, offset) for offset in offsets)
@@ -301,9 +294,7 @@ def stream(path: str, seconds: float) -> None:
 
 def pressure(subject: Subject, settings: Settings) -> None:
     """Print how much of what was hot stays so while a neighbour streams a file through a full cgroup."""
-    print(
-        "\npressure: 16 MiB read (once; twice) in a cgroup of 64 MiB through which a neighbour streams a file"
-    )
+    print("\npressure: 16 MiB read (once; twice) in a cgroup of 64 MiB through which a neighbour streams a file")
     folder = make_cgroup(64 * MIB)
     if not folder:
         print("  (needs root and a memory cgroup)")
@@ -367,14 +358,12 @@ def main() -> int:
         os.chmod(folder, 0o755)
         path = f"{folder}/data"
         quick: bool = options.quick
-        settings = Settings(
-            *((16 * MIB, 2, 128, 20, 1.0) if quick else (256 * MIB, 7, 4096, 300, 15.0)), path=path
-        )
+        settings = Settings(*((16 * MIB, 2, 128, 20, 1.0) if quick else (256 * MIB, 7, 32768, 300, 15.0)), path=path)
         make_file(path, settings.size)
         os.chmod(path, 0o644)
         subject = Subject(path, settings.size)
         print(
-            f"Linux {os.uname().release}, Python {sys.version.split()[0]}, file of {settings.size // MIB} MiB; "
+            f"Linux {os.uname().release}, Python {sys.version.split()[0]}, {settings.size // MIB} MiB file; "
             f"placement: one thread, pinned to CPU {cpu} of {os.cpu_count()}; load {os.getloadavg()[0]:.1f}"
         )
         try:

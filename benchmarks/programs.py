@@ -73,9 +73,7 @@ class ReferencePrograms:
 def _compile(target: Path, *arguments: str) -> Path:
     sources = [str(_SOURCES / word) if word.endswith(".c") else word for word in arguments]
     try:
-        result = subprocess.run(
-            [*_COMPILE, *sources, "-o", str(target)], capture_output=True, text=True, check=False
-        )
+        result = subprocess.run([*_COMPILE, *sources, "-o", str(target)], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise RuntimeError("no C compiler: install one that answers to 'cc'") from None
     if result.returncode:

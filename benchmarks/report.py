@@ -33,17 +33,14 @@ def table(rows: Sequence[Row], checks: Sequence[Check], machine: Mapping[str, st
     return "\n".join([facts, "", *(line.rstrip() for line in lines), "", *map(_verdict, checks)])
 
 
-def write(
-    folder: Path, rows: Sequence[Row], checks: Sequence[Check], machine: Mapping[str, str | int]
-) -> list[Path]:
+def write(folder: Path, rows: Sequence[Row], checks: Sequence[Check], machine: Mapping[str, str | int]) -> list[Path]:
     """Write the run as JSON and, where matplotlib is installed, as an SVG plot; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     document = {
         "machine": dict(machine),
         "rows": [_record(row) for row in rows],
         "checks": [
-            {"name": c.name, "ratio": c.ratio, "ratios": c.ratios, "bound": c.bound, "kept": c.kept}
-            for c in checks
+            {"name": c.name, "ratio": c.ratio, "ratios": c.ratios, "bound": c.bound, "kept": c.kept} for c in checks
         ],
     }
     data = folder / f"{_NAME}.json"
@@ -67,7 +64,7 @@ def _cells(row: Row, reference: Row | None) -> tuple[str, ...]:
         row.order,
         f"{statistics.median(micros):10.2f} ({min(micros):.2f}-{max(micros):.2f})",
         f"{row.megabytes_per_s:7.0f}",
-        f"{ratio:.2f}" if ratio else "",
+        f"{ratio:.3g}" if ratio else "",
     )
 
 
@@ -126,8 +123,6 @@ def _plot(target: Path, rows: Sequence[Row]) -> list[Path]:
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(axis="x", which="both", linewidth=0.3)
-        panel.set_title(
-            f"{_block(block)} blocks, µs a fault (median; bar: min to max)", fontsize=9, loc="left"
-        )
+        panel.set_title(f"{_block(block)} blocks, µs a fault (median; bar: min to max)", fontsize=9, loc="left")
     figure.savefig(target, metadata={"Date": None})
     return [target]

@@ -72,9 +72,7 @@ def read_blocks(page: str, text: str) -> list[Block]:
         match = _FENCE.match(line)
         if fence:
             if match and line.strip().startswith(fence) and not match.group(2):
-                blocks.append(
-                    Block(page, opened, language, "\n".join(lines[opened : number - 1]) + "\n", comment)
-                )
+                blocks.append(Block(page, opened, language, "\n".join(lines[opened : number - 1]) + "\n", comment))
                 fence = ""
         elif match:
             fence, language = match.groups()
@@ -90,9 +88,7 @@ def _comment_before(lines: list[str]) -> str:
 
 
 _BLOCKS = [
-    block
-    for page in _PAGES
-    for block in read_blocks(str(page.relative_to(_ROOT)), page.read_text(encoding="utf-8"))
+    block for page in _PAGES for block in read_blocks(str(page.relative_to(_ROOT)), page.read_text(encoding="utf-8"))
 ]
 _PYTHON = [block for block in _BLOCKS if block.language == "python" and block.reason is None]
 _CONSOLE = [block for block in _BLOCKS if block.language == "console"]
@@ -157,8 +153,7 @@ def test_each_block_that_is_not_run_has_a_reason() -> None:
 
 def test_blocks_are_found_with_their_comments() -> None:
     page = (
-        "a\n<!-- not run: needs a network -->\n\n```python\nx\n```\n"
-        "<!-- setup\ny = 1\n-->\n```python\nprint(y)\n```\n"
+        "a\n<!-- not run: needs a network -->\n\n```python\nx\n```\n<!-- setup\ny = 1\n-->\n```python\nprint(y)\n```\n"
     )
 
     first, second = read_blocks("page", page)
@@ -169,8 +164,6 @@ def test_blocks_are_found_with_their_comments() -> None:
 
 
 def test_commands_are_found_in_console_blocks() -> None:
-    block = Block(
-        "page", 1, "console", "$ userfault info 'a b.npy'  # hint\noutput\n$ ls\n$ userfault doctor\n", ""
-    )
+    block = Block("page", 1, "console", "$ userfault info 'a b.npy'  # hint\noutput\n$ ls\n$ userfault doctor\n", "")
 
     assert block.commands == [["info", "a b.npy"], ["doctor"]]

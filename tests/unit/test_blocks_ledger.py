@@ -64,7 +64,6 @@ def write_header(fd: int, layout: Layout) -> None:
         (book.W_RECIPE_LENGTH, layout.recipe_length),
     ):
         header.words[index] = value
-    header.close()
 
 
 @pytest.fixture
@@ -118,11 +117,25 @@ def test_any_other_file_is_refused(content: bytes, tmp_path: object) -> None:
         os.close(descriptor)
 
 
-def test_closing_twice_is_fine_and_leaves_no_mapping(fd: int, layout: Layout) -> None:
+def test_letting_go_leaves_zeros_for_whoever_still_looks(fd: int, layout: Layout) -> None:
+    ledger, other = Ledger(fd, layout), Ledger(fd, layout)
+    states = ledger.states
+    states[3], ledger.pins[3] = 5, 6
+    ledger.let_go()
+    ledger.let_go()
+    assert not any(states)
+    assert not any(ledger.pins)
+    ledger.pins[3] = 9  # a thread that was just about to
+    assert (other.states[3], other.pins[3]) == (5, 6)
+
+
+def test_a_ledger_that_is_gone_leaves_no_mapping(fd: int, layout: Layout) -> None:
     ledger = Ledger(fd, layout)
-    ledger.close()
-    ledger.close()
-    assert len(ledger.states) == len(ledger.words) == 0
+    with open("/proc/self/maps") as maps:
+        assert "memfd:test-ledger" in maps.read()
+    del ledger
+    with open("/proc/self/maps") as maps:
+        assert "memfd:test-ledger" not in maps.read()
 
 
 def test_only_states_that_were_written_are_visited() -> None:
@@ -139,6 +152,6 @@ def test_only_states_that_were_written_are_visited() -> None:
         ]
         assert sum(stop - first for first, stop in runs) <= 3 * PAGE_SIZE
         assert max(stop for _, stop in runs) == layout.geometry.blocks
-        ledger.close()
+        del ledger
     finally:
         os.close(descriptor)

@@ -41,7 +41,7 @@ def test_map_has_a_character_for_each_block_while_there_is_room() -> None:
     *picture, legend = drawing.residency_map(states, width=3)
 
     assert picture == ["·██", "··"]
-    assert legend == "one character is 1 block; in memory of these: · none, █ up to 1"
+    assert legend == "each character 1 block, in memory: · none  █ 1"
 
 
 def test_map_stays_within_its_width_and_height() -> None:
@@ -57,7 +57,13 @@ def test_map_shades_by_the_fullest_part() -> None:
     *picture, legend = drawing.residency_map(states, width=4, height=1)
 
     assert picture == ["·░▒█"]
-    assert legend.endswith("· none, ░ up to 1, ▒ up to 2, ▓ up to 3, █ up to 4")
+    assert legend.endswith("· none  ░ 1  ▒ 2  ▓ 3  █ 4")
+
+
+def test_legend_gives_ranges() -> None:
+    assert (
+        drawing.legend("·░▒▓█", 43, 14) == "each character 43 blocks, in memory: · none  ░ 1-3  ▒ 4-7  ▓ 8-10  █ 11-14"
+    )
 
 
 def test_map_needs_no_unicode() -> None:

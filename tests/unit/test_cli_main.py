@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 import userfault
-from userfault.cli import COMMANDS, main
+from userfault.cli import main
 from userfault.cli.command import CommandError
 from userfault.cli.info import InfoCommand
+from userfault.cli.program import COMMANDS
 from userfault.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _failing(error: BaseException) -> type:
         (CommandError("no room"), 2, "userfault info: no room\n"),
         (UnsupportedError("userfaultfd", "Do this."), 2, "Do this.\n"),
         (FileNotFoundError(2, "No such file or directory", "a.npy"), 2, "a.npy: No such file or directory\n"),
-        (KeyboardInterrupt(), 130, "userfault info: interrupted\n"),
+        (KeyboardInterrupt(), 130, "userfault: interrupted\n"),
     ],
 )
 def test_errors_end_in_one_line(
@@ -128,7 +129,7 @@ def test_another_system_is_refused_in_words(
 
 def test_help_imports_neither_numpy_nor_rich() -> None:
     code = (
-        "import sys; from userfault.cli import make_parser; make_parser().format_help();"
+        "import sys; from userfault.cli.program import make_parser; make_parser().format_help();"
         "print(*sorted({'numpy', 'rich'} & set(sys.modules)))"
     )
     source = Path(userfault.__file__).parents[1]

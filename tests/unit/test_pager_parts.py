@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from userfault.blocks.ledger import BOUNDS
 from userfault.errors import Error, StoreError
 from userfault.kernel import memfd
-from userfault.pager import failure, recipe
+from userfault.pager import failure, placement, recipe
 from userfault.pager.placement import FLIGHT_NS, MEMORY_NS, PERIOD_NS, Placement
 from userfault.pager.recipe import Recipe
 from userfault.pager.wire import HEAD, MAX_MESSAGE
@@ -278,6 +278,7 @@ def policy() -> Iterator[Placement]:
     before = os.sched_getaffinity(0)
     yield Placement(os.getpid())
     os.sched_setaffinity(0, before)
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def test_it_is_free_at_first(policy: Placement) -> None:
@@ -343,18 +344,27 @@ def test_a_thread_that_is_gone_changes_nothing(policy: Placement, pinned: Pinned
     assert policy.cpu == CPUS[0]
 
 
-@two_cores
-def test_a_core_outside_its_own_set_is_not_followed(pinned: Pinned) -> None:
-    before = os.sched_getaffinity(0)
-    thread = pinned.on(CPUS[1])
-    os.sched_setaffinity(0, {CPUS[0]})
-    try:
-        policy = Placement(os.getpid())
-        policy.saw(thread, 0)
-        assert policy.cpu == -1
-        assert os.sched_getaffinity(0) == {CPUS[0]}
-    finally:
-        os.sched_setaffinity(0, before)
+def test_it_yields_only_while_it_follows_and_is_busy(policy: Placement, pinned: Pinned) -> None:
+    thread = pinned.on(CPUS[0])
+    policy.saw(thread, 0)
+    assert policy.yielding == (os.sched_getscheduler(0) == os.SCHED_IDLE)
+    policy.flee(10)
+    assert not policy.yielding
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_thread_of_its_own_begins_at_home(policy: Placement, pinned: Pinned) -> None:
+    policy.saw(pinned.on(CPUS[0]), 0)
+    seen: list[object] = []
+
+    def begin() -> None:
+        placement.go_home()
+        seen.extend((os.sched_getaffinity(0), os.sched_getscheduler(0)))
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
+    assert seen == [set(CPUS), os.SCHED_OTHER]
 
 
 @two_cores

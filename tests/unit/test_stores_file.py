@@ -70,6 +70,11 @@ def located(store: FileStore, offset: int = 0) -> int:
     return 0
 
 
+def reading(store: FileStore) -> bytes:
+    """Read a byte: a store knows nothing about its file before."""
+    return read_bytes(store, 0, 1)
+
+
 @pytest.fixture
 def can_locate(store: FileStore) -> None:
     with open(store._path, "rb") as file:
@@ -418,13 +423,14 @@ def test_a_hot_file_is_read_now(store: FileStore, can_locate: None) -> None:
 
 
 def test_a_cold_file_is_neither(store: FileStore, path: Path, can_locate: None) -> None:
+    reading(store)
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     if page_cache.reading_mode(fd) == page_cache.PLAIN:
         pytest.skip("this file system is memory: nothing in it is ever cold")
 
-    for offset in range(BLOCK, 20 * BLOCK, BLOCK):  # asking for the mode has read what the first block needs
+    for offset in range(BLOCK, 20 * BLOCK, BLOCK):
         assert store.locate(offset, BLOCK) == 0
         assert store.read_now(offset, memoryview(bytearray(BLOCK))) is False
     assert not page_cache.cached(fd, 10 * BLOCK, PAGE)
@@ -462,6 +468,7 @@ def test_a_kernel_that_does_not_say_makes_nothing_hot_and_reads_now(
     monkeypatch.setattr(page_cache, "try_read", lambda fd, buffer, offset, _: os.preadv(fd, [buffer], offset))
     buffer = bytearray(BLOCK)
 
+    reading(store)
     assert [store.locate(0, BLOCK) for _ in range(10)] == [0] * 10
     assert store.read_now(0, memoryview(buffer)) is True
     assert buffer == DATA[:BLOCK]
@@ -479,6 +486,7 @@ def test_plain_reading_needs_the_kernels_word(store: FileStore, monkeypatch: pyt
     monkeypatch.setattr(page_cache, "reading_mode", lambda _: page_cache.PLAIN)
     monkeypatch.setattr(page_cache, "cached", lambda *_: None)
 
+    reading(store)
     assert store.locate(0, BLOCK) == 0
     assert store.read_now(0, memoryview(bytearray(10))) is False
 
@@ -490,6 +498,7 @@ def test_a_block_still_on_its_way_is_not_hot(
     monkeypatch.setattr(page_cache, "reading_mode", lambda _: page_cache.NOWAIT)
     monkeypatch.setattr(page_cache, "try_read", lambda *_: 0)
 
+    reading(store)
     assert [store.locate(0, BLOCK) for _ in range(10)] == [0] * 10
     assert store.read_now(0, memoryview(bytearray(10))) is False
 
@@ -597,3 +606,25 @@ def read_in_forked_child(path: str) -> int:
 
 def test_both_sides_of_a_fork_may_go_on(path: Path) -> None:
     assert run_child(read_in_forked_child, str(path)).check().value == 0
+
+
+def test_a_store_that_is_alive_at_exit_ends_quietly(path: Path) -> None:
+    source = """
+from userfault.stores import FileStore
+from userfault.testing import read_bytes
+store = FileStore(args[0])
+for _ in range(10):
+    read_bytes(store, 0, 65536)
+    store.locate(0, 65536)
+import sys
+sys.keep = store
+"""
+
+    assert run_child(source, str(path)).check().stderr == ""
+
+
+def test_nothing_is_known_before_the_first_read(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_module, "open_file", lambda *_: pytest.fail("opened in the fault loop"))
+
+    assert [store.locate(0, BLOCK) for _ in range(10)] == [0] * 10
+    assert store.read_now(0, memoryview(bytearray(10))) is False

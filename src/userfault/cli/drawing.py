@@ -78,6 +78,9 @@ def _shade(count: int, top: int) -> int:
 def legend(shades: str, per_cell: int, top: int) -> str:
     """Explain the shades: how many blocks in memory each of them stands for."""
     ends = [top * i // 4 for i in range(5)]
-    steps = [f"{shades[i]} up to {ends[i]}" for i in range(1, 5) if ends[i] > ends[i - 1]]
-    blocks = figures.count(per_cell, "block")
-    return f"one character is {blocks}; in memory of these: {', '.join([f'{shades[0]} none', *steps])}"
+    steps = [f"{shades[i]} {_span(ends[i - 1] + 1, ends[i])}" for i in range(1, 5) if ends[i] > ends[i - 1]]
+    return f"each character {figures.count(per_cell, 'block')}, in memory: {'  '.join([f'{shades[0]} none', *steps])}"
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"

@@ -67,12 +67,13 @@ class Show:
         rows = f"{figures.count(self.sample.rows, 'row')} of {figures.size(ROW)}"
         what = f"{figures.size(self.sample.nbytes)} of float64, {rows}"
         if found:
-            self.screen.line(f"  {what}, made by an earlier run: {self.sample.path}")
-            return
-        started = time.perf_counter()
-        with self.screen.progress("making it", self.sample.nbytes) as advance:
-            self.sample.make(advance)
-        self.screen.line(f"  {what}, made in {figures.duration(time.perf_counter() - started)}: {self.sample.path}")
+            self.screen.line(f"  {what}, made by an earlier run")
+        else:
+            started = time.perf_counter()
+            with self.screen.progress("making it", self.sample.nbytes) as advance:
+                self.sample.make(advance)
+            self.screen.line(f"  {what}, made in {figures.duration(time.perf_counter() - started)}")
+        self.screen.line(f"  {self.sample.path}")
 
     def open(self, pager_s: float) -> PagedArray:
         """Open it, and compare with loading it."""
@@ -166,9 +167,7 @@ class Show:
             self.screen.line(f"  {figures.count(wrong, 'row')} of {len(self.numbers)} differ from the file", "bold red")
             return NO
         self.screen.line(f"  all {figures.count(len(self.numbers), 'row')} equal, byte for byte", "bold green")
-        self.screen.line(
-            "  A local file that is hot in the page cache, as this one, is better served by numpy.memmap.", "dim"
-        )
+        self.screen.line("  For a local file in the page cache, as this one, numpy.memmap is the better tool.", "dim")
         if self.keep:
             self.screen.line(f"  kept: {self.sample.path}")
         return YES

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import select
 import socket
 import time
@@ -26,6 +27,7 @@ from userfault.pager.placement import WATCH_NS
 from userfault.pager.pool import Request, pool_of
 from userfault.pager.served import Served
 from userfault.pager.wire import Message
+from userfault.stores.descriptors import limit_open_files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from userfault.pager.spawn import Will
 
 TICK_MS = 500
+SPARE = 32
+"""Descriptors that are neither regions nor files of stores: sockets, pidfds, a glance into /proc."""
 
 
 class Control:
@@ -83,10 +87,11 @@ class Control:
         while not self._over:
             ready = dict(self._poll.poll(WATCH_NS // 1_000_000 if self.loop.placement.yielding else TICK_MS))
             now = time.perf_counter_ns()
-            self.loop.placement.watch(now)
-            if now >= tick:
-                tick = now + TICK_MS * 1_000_000
-                self._tick()
+            with contextlib.suppress(OSError):  # no descriptor to be had for /proc, say: no reason to die
+                self.loop.placement.watch(now)
+                if now >= tick:
+                    tick = now + TICK_MS * 1_000_000
+                    self._tick()
             self._look(ready)
             self._send()
         self._tell_supervisor(Message(wire.GOODBYE))
@@ -218,6 +223,8 @@ class Control:
 
     def _open(self, message: Message) -> None:
         """Begin to take a region on. Its store is made in a thread, since that may take its time."""
+        if not message.fds:
+            raise OSError(errno.EMFILE, "the pager has no descriptor left for another region; see `ulimit -n`")
         if message.region in self.regions or message.region in self._opening:  # sent again to a new worker
             os.close(message.fds[0])
             if message.region in self.regions:
@@ -256,6 +263,7 @@ class Control:
         """Serve a region from now on."""
         region.on_filled = self.progress
         self.regions[region.id] = region
+        limit_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(self.regions) - SPARE)
         self.loop.add(region)
 
     def _close(self, message: Message) -> None:

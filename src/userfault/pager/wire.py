@@ -96,7 +96,7 @@ def send(sock: socket.socket, message: Message, flags: int = 0) -> None:
 
 
 def receive(sock: socket.socket, flags: int = 0) -> Message | None:
-    """Receive one message; None at end-of-file. Descriptors arrive close-on-exec.
+    """Receive one message; None at end-of-file. Descriptors arrive close-on-exec, all of them or none.
 
     `socket.recv_fds` of the standard library would do, but ignores its flags (CPython 3.11).
 
@@ -109,10 +109,12 @@ def receive(sock: socket.socket, flags: int = 0) -> Message | None:
     except ConnectionResetError:
         return None
     fds = tuple(fd for _, _, text in rights for (fd,) in _FD.iter_unpack(text[: len(text) & -_FD.size]))
-    if state & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    if state & (socket.MSG_TRUNC | socket.MSG_CTRUNC):  # the latter also where this process can have no more of them
         for fd in fds:
             os.close(fd)
-        raise ValueError(f"a packet was cut off: {len(data)} bytes, {len(fds)} descriptors")
+        fds = ()
+    if state & socket.MSG_TRUNC:
+        raise ValueError(f"a packet was cut off after {len(data)} bytes")
     return decode(data, fds) if data else None
 
 

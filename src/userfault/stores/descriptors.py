@@ -23,15 +23,23 @@ if TYPE_CHECKING:
 
     Identity: TypeAlias = tuple[int, int, int, int]
 
-__all__ = ["LIMIT", "FileChangedError", "OpenFile", "difference", "forget", "identify", "open_file"]
+__all__ = ["LIMIT", "FileChangedError", "OpenFile", "difference", "forget", "identify", "limit_open_files", "open_file"]
 
 LIMIT = 256
-"""Open files at once: a quarter of the usual limit of 1024. The rest is for sockets and the application."""
+"""Open files at once, at most: a quarter of the usual limit of 1024. The rest is for sockets and the application."""
+LEAST = 4
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # the last: opening a pipe must not wait
 
 _close = os.close  # a name of our own: os may be gone when the last file closes, at exit
 _table: dict[tuple[str, Identity], OpenFile] = {}
+_limit = LIMIT
+
+
+def limit_open_files(number: int) -> None:
+    """Keep at most so many files open from now on, between LEAST and LIMIT: what else needs descriptors is growing."""
+    global _limit  # noqa: PLW0603  # the table is the process's, and so is its size
+    _limit = max(LEAST, min(number, LIMIT))
 
 
 class FileChangedError(Exception):
@@ -88,7 +96,7 @@ def open_file(path: str, identity: Identity) -> OpenFile:
         if text := difference(identity, file.identity()):
             raise FileChangedError(text)
     _table[key] = file  # the youngest stands last
-    if len(_table) > LIMIT:
+    while len(_table) > _limit:
         _drop_oldest()
     return file
 

@@ -1,0 +1,54 @@
+"""The programs in examples/ run, from any folder, and say what they promise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import userfault
+
+_ROOT = Path(__file__).parents[2]
+_EXAMPLES = _ROOT / "examples"
+_SAID = {
+    "scattered_rows": "faults brought",
+    "sqlite_store": "765432 [0, 250000, 500000, 750000]",
+    "compressed_store": "error: Error -3 while decompressing data",
+    "own_pager": "read [0, 7, 999]",
+    "changed_pages": "100 of 4096 pages copied, equal: True",
+}
+
+
+def _run(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-W", "error", str(_EXAMPLES / f"{name}.py")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(_ROOT / "src"), "TMPDIR": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+
+
+@pytest.mark.parametrize("name", _SAID)
+def test_program_runs_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+    if name == "changed_pages" and not userfault.capabilities().dirty_tracking:
+        pytest.skip("needs WP_ASYNC and PAGEMAP_SCAN: Linux 6.7 or later")
+
+    result = _run(name, tmp_path)
+
+    assert result.returncode == 0, result.stderr
+    assert _SAID[name] in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_program_is_tested_and_in_the_list() -> None:
+    programs = {path.stem for path in _EXAMPLES.glob("*.py")}
+    page = (_EXAMPLES / "README.md").read_text(encoding="utf-8")
+
+    assert programs == _SAID.keys()
+    assert [name for name in programs if f"[{name}.py]({name}.py)" not in page] == []
