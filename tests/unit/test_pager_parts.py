@@ -36,12 +36,8 @@ def travelled(store: Store) -> Iterator[Store]:
     fd = memfd.create("test-recipe", mmap.PAGESIZE + made.length, seal=False)
     try:
         made.write(fd, mmap.PAGESIZE)
-        with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as area:
-            view = memoryview(area)[mmap.PAGESIZE :]
-            there = recipe.load(view)
-            yield there
-            del there
-            view.release()
+        area = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+        yield recipe.load(memoryview(area)[mmap.PAGESIZE :], store.size)
     finally:
         os.close(fd)
 
@@ -55,7 +51,6 @@ def test_memory_travels_beside_the_pickle(size: int) -> None:
         buffer = bytearray(size)
         there.read_into(0, memoryview(buffer))
         assert buffer == data
-        del there, buffer
 
 
 def test_the_length_says_what_will_be_written() -> None:
@@ -90,7 +85,7 @@ def test_a_store_of_the_users_own_brings_its_path_along(monkeypatch: pytest.Monk
     fd = memfd.create("test-recipe", made.length, seal=False)
     made.write(fd, 0)
     with mmap.mmap(fd, 0) as area, memoryview(area) as view:
-        assert recipe.load(view).size == 7
+        assert recipe.load(view, 7).size == 7
     os.close(fd)
     monkeypatch.delitem(sys.modules, "far_away_store")
 
@@ -144,9 +139,19 @@ def test_a_store_that_cannot_be_made_there_says_why() -> None:
         memoryview(area) as view,
         pytest.raises(StoreError, match="could not make the store") as caught,
     ):
-        recipe.load(view)
+        recipe.load(view, 100)
     os.close(fd)
     assert caught.value.cause == "ZeroDivisionError: bang"
+
+
+class Growing(PatternStore):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Growing, (self.size * 2,)
+
+
+def test_a_store_of_another_size_is_refused_there() -> None:
+    with pytest.raises(StoreError, match="has 200 bytes, but had 100"), travelled(Growing(100)):
+        pass
 
 
 class Grenade:

@@ -51,7 +51,7 @@ def test_a_descriptor_is_not_inherited(tmp_path: Path) -> None:
 
 
 def test_the_least_recently_used_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descriptors, "LIMIT", 2)
+    monkeypatch.setattr(descriptors, "_limit", 2)
     files = make(tmp_path, 3)
     first, second = (open_file(*file).fd for file in files[:2])
     open_file(*files[0])
@@ -63,7 +63,7 @@ def test_the_least_recently_used_is_closed(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_file_in_use_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descriptors, "LIMIT", 1)
+    monkeypatch.setattr(descriptors, "_limit", 1)
     files = make(tmp_path, 2)
     used = open_file(*files[0])
     open_file(*files[1])
@@ -112,7 +112,7 @@ def test_a_difference_is_said_in_words(found: descriptors.Identity, text: str) -
 
 
 def test_many_threads_may_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descriptors, "LIMIT", 3)
+    monkeypatch.setattr(descriptors, "_limit", 3)
     files = make(tmp_path, 8)
     wrong: list[object] = []
     start = threading.Barrier(8)

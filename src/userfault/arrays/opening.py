@@ -65,15 +65,21 @@ def open_array(
     if store_options:
         raise ValueError(f"store_options {sorted(store_options)} were given, but {store.describe()} takes none")
     layout = _check_order(order)
-    header = _npy(store, dtype, shape, offset, layout) or _raw(store, dtype, shape, offset, layout)
+    try:
+        header = _npy(store, dtype, shape, offset, layout) or _raw(store, dtype, shape, offset, layout)
+    finally:
+        store.close()  # what reading the header opened here; the pager has a store of its own
     if not header.nbytes:
         raise ValueError(
             f"{store.describe()}: an array of shape {header.shape} has no bytes; a region needs at least one"
         )
-    store.close()  # what reading the header opened here; the pager has a store of its own
     region = Region(store, mode, block_size, budget)
     region.owned_by_views()
-    return array_of(region, header)
+    try:
+        return array_of(region, header)
+    except BaseException:  # NumPy has limits of its own, such as 64 dimensions
+        region.revoke()
+        raise
 
 
 def _npy(

@@ -284,9 +284,7 @@ MAP_NORESERVE = 0x400 if _MIPS else 0x40 if _OLD else 0x4000
 MAP_FIXED = 0x10
 MAP_FIXED_NOREPLACE = 0x100000  # 4.17
 MAP_HUGETLB = 0x80000 if _MIPS else 0x40000  # 2.6.32
-EHWPOISON = (
-    168 if _MIPS else 135 if _MACHINE == "sparc64" else 133
-)  # errno of a poisoned page; Python has no name
+EHWPOISON = 168 if _MIPS else 135 if _MACHINE == "sparc64" else 133  # errno of a poisoned page; Python has no name
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
 MREMAP_DONTUNMAP = 4  # 5.7

@@ -41,16 +41,10 @@ _GAIN_PRIVILEGE = (
     " read and write permission on /dev/userfaultfd. With none of these, user-mode-only descriptors"
     " still work: they serve all faults but those inside system calls."
 )
-_LOOSEN_MODULE = (
-    "A security module such as SELinux refused; its policy must let the process create anon_inode files."
-)
+_LOOSEN_MODULE = "A security module such as SELinux refused; its policy must let the process create anon_inode files."
 _GAIN_FILE = "Give the user read and write permission on /dev/userfaultfd (chgrp and chmod, or a udev rule)."
-_GAIN_DEVICE = (
-    "Allow the container this device: --device /dev/userfaultfd (major 10, minor as in /proc/misc)."
-)
-_NO_DEVICE = (
-    "The device needs Linux 6.1 with CONFIG_USERFAULTFD; a container needs --device /dev/userfaultfd."
-)
+_GAIN_DEVICE = "Allow the container this device: --device /dev/userfaultfd (major 10, minor as in /proc/misc)."
+_NO_DEVICE = "The device needs Linux 6.1 with CONFIG_USERFAULTFD; a container needs --device /dev/userfaultfd."
 _NO_SYSCALL = "It needs Linux 4.3 or later with CONFIG_USERFAULTFD; sandboxes such as gVisor have none."
 _NO_USER_MODE = "User-mode-only descriptors need Linux 5.11."
 _SOMETHING_ELSE = "This is not a matter of rights; look at the error itself."

@@ -117,9 +117,7 @@ def protect(address: int, length: int, prot: int) -> None:
         raise failed("mprotect", f"address {address:#x}, length {length}, prot {prot}")
 
 
-def remap(
-    address: int, old_length: int, new_length: int, *, flags: int = abi.MREMAP_MAYMOVE, to: int = 0
-) -> int:
+def remap(address: int, old_length: int, new_length: int, *, flags: int = abi.MREMAP_MAYMOVE, to: int = 0) -> int:
     """Move or resize a mapping, and return its new address (`mremap(2)`).
 
     A registered range stays registered only with the EVENT_REMAP feature.

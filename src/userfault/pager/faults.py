@@ -198,6 +198,7 @@ class FaultLoop:
             region.counters.record(time.perf_counter_ns() - start)
         else:
             region.claims[block] = READING
+            self.placement.relax()
             pool_of(region).demand(block, start)
 
     def _odd(self, region: Served, block: int, address: int, flags: int, start: int) -> None:

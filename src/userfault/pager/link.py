@@ -148,9 +148,9 @@ class Link:
             raise failure.decode(answer.text)
         return answer
 
-    def _wait(self, pending: _Pending) -> None:
+    def _wait(self, pending: _Pending, timeout: float | None = None) -> None:
         if threading.current_thread() is not self._thread:
-            pending.event.wait()
+            pending.event.wait(timeout)
             return
         while not pending.event.is_set():  # a finalizer, which the garbage collector runs in the listening thread
             self._hear_one()
@@ -215,8 +215,11 @@ class Link:
 
     def _send_retired(self) -> None:
         """Send what the socket takes; the rest goes out as answers come in."""
-        while self._unsent and not self.lost:
-            message = self._unsent.popleft()
+        while not self.lost:
+            try:
+                message = self._unsent.popleft()
+            except IndexError:  # sent, by another thread perhaps
+                return
             try:
                 wire.send(self._control, message, socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -260,8 +263,8 @@ class Link:
             pending.answer = message
             if isinstance(pending, _Retired):
                 pending.finish()
-                self._send_retired()
             pending.event.set()
+            self._send_retired()
 
     def _greet(self, message: Message) -> None:
         """A worker says hello: a new one gets everything that the old one may have taken along."""
@@ -297,7 +300,7 @@ class Link:
         watched = [fd for fd in map(_pidfd, (self.worker_pid, self.supervisor_pid)) if fd >= 0]
         if not self.lost:
             with contextlib.suppress(PagerLostError):
-                self._send(Message(wire.BYE)).event.wait(STOP_S)
+                self._wait(self._send(Message(wire.BYE)), STOP_S)
         self.lost = self.lost or "the pager was closed"
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)

@@ -330,10 +330,8 @@ class Served:
         elif state == EVICTING and self.pins[block] and self._is_whole(block):
             self.states[block] = CLEAN  # it was pinned while its worker looked: the hole was never made
             self.order.append(block)
-        elif state == EVICTING:
+        elif state in (EVICTING, FILLING):  # pages copied before the death are right, but nobody would ever drop them
             memfd.punch_hole(self.fd, *self._extent(block))
-            self.states[block] = ABSENT
-        elif state == FILLING:
             self.states[block] = ABSENT
 
     def _is_whole(self, block: int) -> bool:
