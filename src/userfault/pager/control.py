@@ -125,7 +125,7 @@ class Control:
             self._over = True
 
     def progress(self) -> None:
-        """A block has been filled: this worker's death will not count against it. Called by any thread."""
+        """Something has been achieved: this worker's death will not count against it. Called by any thread."""
         if not self._progress:
             self._progress = True
             self._tell_supervisor(Message(wire.PROGRESS))
@@ -293,6 +293,8 @@ class Control:
 
         def done(request: Request) -> None:
             open_requests.remove(request)
+            if request.error is None:
+                self.progress()
             if message.flags & wire.NO_ANSWER:
                 return
             kind = wire.FAILED if request.error else wire.OK

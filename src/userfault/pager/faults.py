@@ -69,7 +69,7 @@ class FaultLoop:
         self.uffd = uffd
         self.placement = placement
         self.filled = False
-        """Whether this loop has filled anything yet; `on_filled` is called when it first has."""
+        """Whether this loop has answered anything yet; `on_filled` is called when it has."""
         self.on_filled: Callable[[], None] = _nothing
         self._table: tuple[tuple[int, ...], tuple[Served, ...]] = ((), ())
         self._staging = Staging(2 << 20)
@@ -206,6 +206,7 @@ class FaultLoop:
         if flags & abi.UFFD_PAGEFAULT_FLAG_WP and region.states[block] in (_CLEAN, _PRIVATE):
             region.give_write_access(block)
             region.release(block)
+            self._first()
             region.counters.record(time.perf_counter_ns() - start)
         elif region.is_mended(block, address):
             region.release(block)

@@ -75,6 +75,10 @@ def _nothing() -> None:
     pass
 
 
+def _nowhere(offset: int, length: int) -> int:  # noqa: ARG001  # as Store.locate
+    return 0
+
+
 class Staging:
     """Memory of one thread, into which a store writes a block."""
 
@@ -327,10 +331,10 @@ class Served:
         if state == PRIVATE:
             self.private.add(block)
             self.counters.became_private()
-        elif state == EVICTING and self.pins[block] and self._is_whole(block):
-            self.states[block] = CLEAN  # it was pinned while its worker looked: the hole was never made
+        elif (state == FILLING or (state == EVICTING and self.pins[block])) and self._is_whole(block):
+            self.states[block] = CLEAN  # it was filled; or pinned while its worker looked, and the hole never made
             self.order.append(block)
-        elif state in (EVICTING, FILLING):  # pages copied before the death are right, but nobody would ever drop them
+        elif state in (EVICTING, FILLING):  # a part of a block would never be dropped by anybody
             memfd.punch_hole(self.fd, *self._extent(block))
             self.states[block] = ABSENT
 
@@ -349,6 +353,7 @@ class Served:
         pool, self.pool = self.pool, None
         if pool is not None:
             pool.close()
+        self.locate = _nowhere  # which may have been a method of this very object: a cycle would keep the ledger mapped
         Thread(target=self._close_store, name="close", daemon=True).start()
 
     def _close_store(self) -> None:

@@ -15,7 +15,7 @@ inherits.  Whoever starts it may die at once; nothing is left to be told.  The a
 spawns supervisor and worker side by side and exits; they are adopted by init.  A successor is spawned directly.
 
 The interpreter is started with `-I -S`: nothing of the user's environment or folder can shadow the standard library,
-and it is ready in a third of the time.  What a store of the user's own needs travels with the store.
+and it is ready in two thirds of the time.  What a store of the user's own needs travels with the store.
 """
 
 from __future__ import annotations
