@@ -9,6 +9,7 @@ A request may be sent twice: when a worker says hello, everything unanswered goe
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import select
@@ -19,7 +20,7 @@ import weakref
 from collections import deque
 from threading import Event, RLock, Thread
 
-from userfault.errors import PagerLostError
+from userfault.errors import KernelError, PagerLostError
 from userfault.kernel import abi
 from userfault.kernel.userfaultfd import Userfaultfd
 from userfault.pager import failure, spawn, wire
@@ -75,9 +76,15 @@ class Link:
         """What `retire` could not send yet."""
         self._hello = Event()
         self._over = False
-        with forking, spawn.standard_descriptors():
-            self._begin()
-            links.add(self)
+        try:
+            with forking, spawn.standard_descriptors():
+                self._begin()
+                links.add(self)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            detail = "starting a pager takes some 12 descriptors; close some, or raise the limit (ulimit -n)"
+            raise KernelError(error.errno, getattr(error, "syscall", "open"), detail) from error
         self._thread = Thread(target=self._listen, name="userfault", daemon=True)
         self._thread.start()
         try:

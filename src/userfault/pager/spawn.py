@@ -109,8 +109,10 @@ def start_pair(supervisor: Will, worker: Will) -> None:
         KernelError: if a process cannot be started.
         UnsupportedError: if this program does not know where its Python interpreter is.
     """
-    wills = {SUPERVISOR: write_will(supervisor), WORKER: write_will(worker)}
+    wills: dict[str, int] = {}
     try:
+        wills[SUPERVISOR] = write_will(supervisor)
+        wills[WORKER] = write_will(worker)
         inherited = {*wills.values(), *descriptors(supervisor), *descriptors(worker)}
         arguments = [f"{role}:{fd}" for role, fd in wills.items()]
         pid = _spawn([_executable(), "-I", "-S", "-c", _LAUNCH, _BOOT, _HOME, *arguments], inherited)

@@ -1,0 +1,188 @@
+"""Stores of the victims. They run in the worker, and do to it from within what no signal could do at that point."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+import struct
+import time
+from typing import TYPE_CHECKING, Any
+
+from userfault.kernel import abi
+from userfault.kernel.memory import address_of
+from userfault.pager import wire
+from userfault.testing import PatternStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class GilStallingStore(PatternStore):
+    """Reads do not return, and no other thread of Python runs meanwhile."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        ctypes.PyDLL(None).pause()
+
+
+class LateCrashingStore(PatternStore):
+    """Reads take a while, and then end the worker."""
+
+    def __init__(self, size: int, seconds: float) -> None:
+        super().__init__(size)
+        self.seconds = seconds
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        time.sleep(self.seconds)
+        die()
+
+
+class SlowlyMadeStore(PatternStore):
+    """Takes a while to appear in the worker, as one does that imports half the world."""
+
+    def __init__(self, size: int, seed: int, seconds: float) -> None:
+        super().__init__(size, seed)
+        self.seconds = seconds
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        time.sleep(state["seconds"])
+        self.__dict__.update(state)
+
+
+class MadeOnceStore(PatternStore):
+    """Appears in the first worker, and in none after it, until a path is gone."""
+
+    def __init__(self, size: int, path: str) -> None:
+        super().__init__(size)
+        self.path = path
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not once(self.path):
+            raise ConnectionError("the data base is down")
+
+
+class MinedStore(PatternStore):
+    """A store that lays a mine in the worker: a function in which the process dies, every other time it is called.
+
+    Args:
+        size: Bytes of the pattern.
+        mine: As the arguments of `lay`.
+        kind: `"hot"`: the bytes are in memory, as of a hot file; `"at hand"`: they can be had at once; `"inline"`: they
+            are computed in the fault loop; `"pool"`: by readers.
+        bad: An offset that cannot be read.
+        healed: As soon as this path exists, it can.
+    """
+
+    def __init__(self, size: int, mine: tuple[str, str, str, int], kind: str, bad: int, healed: str) -> None:
+        super().__init__(size, 0, 0 if kind == "inline" else 8)
+        self.mine, self.kind, self.bad, self.healed = mine, kind, bad, healed
+        self.address = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.data = self.expected(0, self.size) + bytes(4096)
+        self.address = address_of(self.data)
+        lay(*self.mine)
+
+    def _can_give(self, offset: int, length: int) -> bool:
+        return not offset <= self.bad < offset + length or os.path.exists(self.healed)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if not self._can_give(offset, len(buffer)):
+            raise OSError("out of tape")
+        super().read_into(offset, buffer)
+
+    def locate(self, offset: int, length: int) -> int:
+        return self.address + offset if self.kind == "hot" and self._can_give(offset, length) else 0
+
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        if self.kind != "at hand" or not self._can_give(offset, len(buffer)):
+            return False
+        super().read_into(offset, buffer)
+        return True
+
+
+def lay(function: str, moment: str, path: str, times: int) -> None:
+    """Replace a function by one in which the process dies, at the first call, the third, and so on, `times` in all.
+
+    Args:
+        function: Its dotted name.
+        moment: `"before"`, `"after"` or `"half"`, and which calls count: an ioctl or a kind of message.
+        path: What counts the calls, in all workers together.
+        times: How often.
+    """
+    owner, name = _find(function)
+    original: Callable[..., Any] = getattr(owner, name)
+    when, _, which = moment.partition(" ")
+
+    def mined(*args: Any, **named: Any) -> Any:
+        if not _counts(which, args):
+            return original(*args, **named)
+        number = _count(f"{path}.calls")
+        dies = number % 2 == 1 and number < 2 * times
+        if not dies:
+            return original(*args, **named)
+        _count(f"{path}.deaths")
+        if when != "before":
+            original(*(_half(args) if when == "half" else args), **named)
+        return die()
+
+    setattr(owner, name, mined)
+
+
+def _counts(which: str, args: tuple[Any, ...]) -> bool:
+    """Tell whether this is a call of `ioctl(fd, request, argument)` or `send(socket, message)` that counts."""
+    if not which:
+        return True
+    if which.startswith("UFFDIO"):
+        return bool(args[1] == getattr(abi, which))
+    return bool(args[1].kind == getattr(wire, which))
+
+
+def _half(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cut a UFFDIO_COPY, or a hole, to half of its pages."""
+    if isinstance(args[-1], int):
+        fd, offset, length = args
+        return fd, offset, _half_length(length)
+    fd, request, argument, *rest = args
+    struct.pack_into("=Q", argument, 16, _half_length(struct.unpack_from("=Q", argument, 16)[0]))
+    return fd, request, argument, *rest
+
+
+def _half_length(length: int) -> int:
+    return max(length // 2 & -4096, 4096)
+
+
+def _count(path: str) -> int:
+    """Return how often this was called with this path, now included."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+    os.write(fd, b".")
+    number = os.lseek(fd, 0, os.SEEK_CUR)
+    os.close(fd)
+    return number
+
+
+def _find(function: str) -> tuple[Any, str]:
+    """Return the module or class that a function belongs to, and its name there."""
+    path, _, name = function.rpartition(".")
+    try:
+        return importlib.import_module(path), name
+    except ModuleNotFoundError:
+        module, _, kind = path.rpartition(".")
+        return getattr(importlib.import_module(module), kind), name
+
+
+def once(path: str) -> bool:
+    """Make a file; return whether this call did."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+    except FileExistsError:
+        return False
+    return True
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
