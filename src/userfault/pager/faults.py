@@ -47,7 +47,7 @@ FAULT = object()
 READING = object()
 """The claim of a block that waits for a reader of the pool, or is being read."""
 MESSAGES = 14
-"""At once: 448 bytes is what CPython's own allocator still serves; malloc costs a fault 0.5 µs. The rest is read next."""
+"""At once: CPython's own allocator still serves these 448 bytes, and malloc takes some 0.5 µs more a read."""
 STREAK = 64
 REST_S = 0.001
 LULL_NS = 20_000_000
