@@ -42,8 +42,8 @@ class Region:
         mode: As `numpy.memmap`: `"r"` read only; `"c"` copy on write: changes stay in memory and never reach the store.
         block_size: What is brought in at once, in bytes or as text: a power of two from one page to 2 MiB.
         budget: The most bytes to keep in memory; the oldest clean blocks are dropped beyond it. None: half of what is
-            available now (the machine's and the cgroup's, the smaller). `math.inf`: no limit. Reads that end at one
-            moment may exceed it by a block each; private and pinned blocks are never dropped for it.
+            available now (the machine's and the cgroup's, the smaller). `math.inf`: no limit. Private and pinned blocks
+            are never dropped for it.
         pager: The pager to answer the faults; None: the default one of this process.
 
     Threads may share a region.  A forked child does not inherit the memory: a touch there is a SIGSEGV, and methods

@@ -195,9 +195,7 @@ def test_remap_tells_both_places_and_the_memory_stays_registered(arena: Arena) -
     target = memory.map_memory(2 * arena.page)
     length = 2 * arena.page
 
-    moving = arena.call(
-        memory.remap, page, length, length, flags=abi.MREMAP_MAYMOVE | abi.MREMAP_FIXED, to=target
-    )
+    moving = arena.call(memory.remap, page, length, length, flags=abi.MREMAP_MAYMOVE | abi.MREMAP_FIXED, to=target)
     (event,) = arena.events(uffd)
 
     assert event == Remap(page, target, length)

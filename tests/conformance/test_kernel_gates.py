@@ -94,9 +94,7 @@ print(json.dumps(probe().as_dict()))
 
     full, device, fork = result.stdout.splitlines()[:3]
     assert "userfaultfd for faults inside system calls is not available on Linux" in full
-    assert (
-        "the system call: EPERM, refused by privilege; /dev/userfaultfd: EACCES, refused by file mode" in full
-    )
+    assert "the system call: EPERM, refused by privilege; /dev/userfaultfd: EACCES, refused by file mode" in full
     assert "CAP_SYS_PTRACE" in full
     assert "vm.unprivileged_userfaultfd" in full
     assert "/dev/userfaultfd: EACCES, refused by file mode" in device
@@ -110,9 +108,7 @@ print(json.dumps(probe().as_dict()))
 
 @needs_root
 @pytest.mark.parametrize("errno", ["EPERM", "ENOSYS"])
-def test_a_seccomp_filter_is_told_from_privilege_and_the_device_passes_it(
-    run_child: RunChild, errno: str
-) -> None:
+def test_a_seccomp_filter_is_told_from_privilege_and_the_device_passes_it(run_child: RunChild, errno: str) -> None:
     result = run_child(
         _DROP
         + f"""

@@ -133,9 +133,7 @@ def test_a_cgroup_with_a_limit_bounds_what_is_available(start_child: StartChild)
     try:
         with open(f"{folder}/{limit_file}", "w", encoding="ascii") as file:
             file.write(str(limit))
-        child = start_child(
-            "sys.stdin.readline(); print(process.cgroup_headroom(), process.memory_available())"
-        )
+        child = start_child("sys.stdin.readline(); print(process.cgroup_headroom(), process.memory_available())")
         with open(f"{folder}/cgroup.procs", "w", encoding="ascii") as file:
             file.write(str(child.pid))
         output, _ = child.communicate("go\n", timeout=20)

@@ -142,9 +142,7 @@ def test_unregister_wakes_the_waiting_thread_which_finds_zeros(arena: Arena) -> 
 
 @pytest.mark.parametrize("operation", ["unregister", "wake"])
 @pytest.mark.parametrize(("offset", "length"), [(1, 4096), (0, 1), (0, 0)])
-def test_unregister_and_wake_refuse_what_is_not_aligned(
-    arena: Arena, operation: str, offset: int, length: int
-) -> None:
+def test_unregister_and_wake_refuse_what_is_not_aligned(arena: Arena, operation: str, offset: int, length: int) -> None:
     page = arena.anonymous(2)
 
     with pytest.raises(KernelError) as caught:
@@ -286,9 +284,7 @@ def test_the_result_field_is_a_negative_errno_when_nothing_was_done(
     assert layout.unpack(argument)[-1] == -EEXIST
 
 
-@pytest.mark.parametrize(
-    ("offset", "length", "mode"), [(8, 4096, 0), (0, 8, 0), (0, 0, 0), (0, 4096, _UNKNOWN)]
-)
+@pytest.mark.parametrize(("offset", "length", "mode"), [(8, 4096, 0), (0, 8, 0), (0, 0, 0), (0, 4096, _UNKNOWN)])
 @pytest.mark.parametrize("operation", ["copy", "zeropage", "move", "continue_", "poison", "write_protect"])
 def test_every_operation_refuses_what_is_not_aligned_or_unknown(
     arena: Arena, operation: str, offset: int, length: int, mode: int
@@ -311,9 +307,7 @@ def test_every_operation_refuses_a_range_that_is_not_registered(arena: Arena, op
     answer = getattr(uffd, operation)(page, *source, arena.page, 0)
 
     # MOVE alone calls a destination that nobody has registered an invalid argument.
-    assert answer == (
-        ENOENT if operation == "write_protect" else (0, EINVAL if operation == "move" else ENOENT)
-    )
+    assert answer == (ENOENT if operation == "write_protect" else (0, EINVAL if operation == "move" else ENOENT))
 
 
 def test_copy_from_where_nothing_can_be_read_says_so(arena: Arena) -> None:

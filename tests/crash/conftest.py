@@ -102,6 +102,11 @@ class Victim:
         line, _, self._unread = self._unread.partition(b"\n")
         return [int(word) if word.lstrip("-").isdigit() else word for word in line.decode().split()]
 
+    def has_spoken(self) -> bool:
+        """Whether it has said something, or has ended."""
+        assert self.process.stdout is not None
+        return bool(self._unread or select.select([self.process.stdout], [], [], 0)[0])
+
     def expect(self, word: str) -> list[Any]:
         """Return the rest of the next line, which begins with `word`."""
         first, *rest = self.line()
@@ -148,6 +153,11 @@ class Victim:
         words = _cmdline(pid).split(b"\0")
         return words[-3].decode() if len(words) > 3 else ""
 
+    def generation(self, pid: int) -> int:
+        """Return what its application has written on it, 0 if nothing."""
+        words = [word for word in _read(pid, "environ").split(b"\0") if word.startswith(b"GENERATION=")]
+        return int(words[0].partition(b"=")[2]) if words else 0
+
     def threads(self, pid: int) -> int:
         """How many threads a process has; 0 if it is gone."""
         try:
@@ -155,14 +165,15 @@ class Victim:
         except FileNotFoundError:
             return 0
 
+    def memfds(self, pid: int) -> int:
+        """How many regions a process of the pager holds."""
+        return len(_regions(pid))
+
     def states(self, pid: int) -> bytes:
         """Return the block states of all regions, as a process of the pager sees them; they change as it works."""
-        found = b""
         with contextlib.suppress(OSError):  # it may be gone
-            for entry in Path(f"/proc/{pid}/fd").iterdir():
-                if "userfault-region" in os.readlink(entry):
-                    found += _states(entry)
-        return found
+            return b"".join(map(_states, _regions(pid)))
+        return b""
 
     def assert_no_pager(self, within: float = QUICK_S) -> None:
         """Nothing of the pager is left within a second."""
@@ -219,6 +230,10 @@ def _read(pid: int, name: str) -> bytes:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:  # gone, or somebody else's
         return b""
+
+
+def _regions(pid: int) -> list[Path]:
+    return [entry for entry in Path(f"/proc/{pid}/fd").iterdir() if "userfault-region" in os.readlink(entry)]
 
 
 def _states(path: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    import random
+
     from tests.crash.conftest import Start
 
 BLOCK = 65536
@@ -160,6 +163,28 @@ def test_a_start_that_was_given_up(start: Start) -> None:
         victim.say()
         assert victim.expect("works") == ["True"]
         assert victim.expect("descriptors")[0] < 12
+        victim.end().check()
+
+
+def test_kills_while_pagers_start(start: Start, rng: random.Random, soak: bool) -> None:
+    """One of the two dies at any moment of its beginning: the other one sees to it."""
+    with start("failures.starts", 60 if soak else 6, limit=300) as victim:
+        kills = 0
+        while not victim.has_spoken():
+            time.sleep(rng.uniform(0, 0.02))
+            pagers = victim.pagers()
+            newest = max(map(victim.generation, pagers), default=0)
+            pagers = [pid for pid in pagers if victim.generation(pid) == newest]
+            if sorted(map(victim.role, pagers)) == ["supervisor", "worker"]:  # each has somebody to see to it
+                kills += 1
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rng.choice(pagers), signal.SIGKILL)
+        started, lost, threads = victim.expect("started")
+        print(f"{started} started, {lost} lost, {kills} kills")
+        assert started
+        assert not threads
+        victim.assert_no_pager()
+        victim.say()
         victim.end().check()
 
 

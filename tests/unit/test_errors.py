@@ -14,9 +14,7 @@ _SAMPLES = [
     errors.Error("plain"),
     errors.KernelError(errno.EEXIST, "ioctl(UFFDIO_COPY)", "address 0x1000"),
     errors.UnsupportedError("userfaultfd feature MOVE", "It needs Linux 6.8 or later.", "refused"),
-    errors.StoreError(
-        "could not be read", store="FileStore('x')", offset=65536, length=10, attempts=3, cause="EIO"
-    ),
+    errors.StoreError("could not be read", store="FileStore('x')", offset=65536, length=10, attempts=3, cause="EIO"),
     errors.RegionClosedError("closed"),
     errors.PagerLostError("lost"),
     errors.ProtocolError("left"),
@@ -46,10 +44,7 @@ def test_a_kernel_error_names_the_call_and_is_an_os_error() -> None:
     error = errors.KernelError(errno.EEXIST, "ioctl(UFFDIO_COPY)", "address 0x1000")
 
     assert str(error) == "ioctl(UFFDIO_COPY): [Errno 17] File exists: address 0x1000"
-    assert (
-        str(errors.KernelError(errno.EPERM, "userfaultfd"))
-        == "userfaultfd: [Errno 1] Operation not permitted"
-    )
+    assert str(errors.KernelError(errno.EPERM, "userfaultfd")) == "userfaultfd: [Errno 1] Operation not permitted"
     assert isinstance(error, OSError)
     assert (error.errno, error.strerror, error.args) == (17, "File exists", (17, "File exists"))
     assert (error.syscall, error.detail) == ("ioctl(UFFDIO_COPY)", "address 0x1000")
@@ -65,9 +60,7 @@ def test_an_unsupported_error_says_what_where_and_what_to_do() -> None:
 
 
 def test_a_store_error_names_store_range_and_cause() -> None:
-    error = errors.StoreError(
-        "short read", store="FileStore('x')", offset=8, length=4, attempts=2, cause="EOF"
-    )
+    error = errors.StoreError("short read", store="FileStore('x')", offset=8, length=4, attempts=2, cause="EOF")
 
     assert str(error) == "FileStore('x'): short read (offset 8, length 4) after 2 attempts: EOF"
     assert str(errors.StoreError("short read")) == "short read"

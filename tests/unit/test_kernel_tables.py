@@ -117,9 +117,7 @@ def test_a_fault_is_of_one_kind(flags: int, expected: tuple[bool, bool, bool, bo
 
 
 def test_the_state_of_a_descriptor_is_parsed() -> None:
-    text = (
-        "pos:\t0\nflags:\t02004002\nmnt_id:\t16\npending:\t2\ntotal:\t5\nAPI:\taa:80010100:80000000000001ff\n"
-    )
+    text = "pos:\t0\nflags:\t02004002\nmnt_id:\t16\npending:\t2\ntotal:\t5\nAPI:\taa:80010100:80000000000001ff\n"
 
     info = parse_fdinfo(text)
 

@@ -193,22 +193,29 @@ class Served:
             self.claims[block] = INSTALLING
             if self.closing:
                 return
-            if self.resident_blocks() >= self.limit:
-                evict.make_room(self)
-            self._install(block, source, 0 if private else self.copy_mode)
+            if private:
+                self._install(block, source, 0)
+            else:
+                self._settle_in(block, source)
+            self.on_filled()
+            self.counters.filled(self.geometry.span(block)[1])
         except BaseException as error:  # noqa: BLE001  # a store may raise anything at all
             self.fail(block, error)
-        else:
-            self._arrived(block, private=private)
         finally:
             self.release(block)
 
-    def _arrived(self, block: int, *, private: bool) -> None:
-        if not private:
-            self.states[block] = CLEAN
-            self.order.append(block)
-        self.on_filled()
-        self.counters.filled(self.geometry.span(block)[1])
+    def _settle_in(self, block: int, source: int) -> None:
+        """Install a block within the budget: it counts before it is there, or two at once would each find room."""
+        self.order.append(block)  # eviction leaves it alone, since it is claimed
+        try:
+            if self.resident_blocks() > self.limit:
+                evict.make_room(self)
+            self._install(block, source, self.copy_mode)
+        except BaseException:
+            with contextlib.suppress(ValueError):
+                self.order.remove(block)
+            raise
+        self.states[block] = CLEAN
 
     def _extent(self, block: int) -> tuple[int, int]:
         """Return offset and length of a block in the memory: whole pages."""

@@ -273,6 +273,26 @@ def abandoned_start() -> None:
         say("descriptors", len(os.listdir("/proc/self/fd")))
 
 
+def starts(number: int) -> None:
+    """Start pagers one after another, while somebody kills their processes."""
+    lost = 0
+    for generation in range(number):
+        os.environ["GENERATION"] = str(generation)  # so that the killer knows who belongs together
+        try:
+            pager = userfault.Pager()
+        except userfault.PagerLostError:
+            lost += 1
+            continue
+        try:
+            with userfault.Region(GOOD, "r", BLOCK, pager=pager) as region:
+                region.ensure(0, 1)
+        except userfault.PagerLostError:
+            lost += 1
+        pager.close()
+    say("started", number - lost, lost, threading.active_count() - 1)
+    listen()
+
+
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 

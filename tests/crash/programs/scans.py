@@ -145,12 +145,21 @@ class Work:
         return step
 
     def openings(self) -> Callable[[int], bool]:
-        """Regions that come and go."""
+        """Regions that come and go: closed, or forgotten with the last view of them."""
 
         def step(number: int) -> bool:
             at = number % 32 * BLOCK
-            with userfault.Region(FileStore(self.path, offset=at, size=BLOCK + 5), "rc"[number % 2], PAGE) as region:
-                return bytes(region.memory) == self.data[at : at + BLOCK + 5]
+            expected = self.data[at : at + BLOCK + 5]
+            region = userfault.Region(FileStore(self.path, offset=at, size=BLOCK + 5), "rc"[number % 2], PAGE)
+            view = region.memory
+            if number % 3:
+                region.owned_by_views()
+                del region
+                return view == expected
+            right = view == expected
+            view.release()
+            region.close()
+            return right
 
         return step
 
@@ -183,7 +192,11 @@ def scan(folder: str, seed: int) -> None:
     say("pauses", *(round(1000 * pause) for pause in sorted(work.pauses)))
     for region in work.regions:
         say("budget", region.stats().resident_bytes, region.budget)
-    say("end")
+    pager = work.regions[0].pager
+    while pager.regions > len(work.regions):  # what was forgotten is closed some time soon
+        time.sleep(0.001)
+    say("regions", len(work.regions))
+    listen()
 
 
 if __name__ == "__main__":

@@ -104,6 +104,10 @@ class MinedStore(PatternStore):
         return True
 
 
+ALSO = {"userfault.kernel.userfaultfd.ioctl": ("userfault.pager.faults.ioctl",)}
+"""Other names of a function, in modules that have imported it by name."""
+
+
 def lay(function: str, moment: str, path: str, times: int) -> None:
     """Replace a function by one in which the process dies, at the first call, the third, and so on, `times` in all.
 
@@ -113,8 +117,8 @@ def lay(function: str, moment: str, path: str, times: int) -> None:
         path: What counts the calls, in all workers together.
         times: How often.
     """
-    owner, name = _find(function)
-    original: Callable[..., Any] = getattr(owner, name)
+    places = [_find(path) for path in (function, *ALSO.get(function, ()))]
+    original: Callable[..., Any] = getattr(*places[0])
     when, _, which = moment.partition(" ")
 
     def mined(*args: Any, **named: Any) -> Any:
@@ -129,7 +133,8 @@ def lay(function: str, moment: str, path: str, times: int) -> None:
             original(*(_half(args) if when == "half" else args), **named)
         return die()
 
-    setattr(owner, name, mined)
+    for owner, name in places:
+        setattr(owner, name, mined)
 
 
 def _counts(which: str, args: tuple[Any, ...]) -> bool:
