@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 UNLIMITED_BLOCKS = 1 << 62
+SMALLEST_BUDGET = 4
+"""Blocks of an automatic budget, however little memory there is."""
 
 
 class Region:
@@ -43,7 +45,7 @@ class Region:
         block_size: What is brought in at once, in bytes or as text: a power of two from one page to 2 MiB.
         budget: The most bytes to keep in memory; the oldest clean blocks are dropped beyond it. None: half of what is
             available now (the machine's and the cgroup's, the smaller). `math.inf`: no limit. Private and pinned blocks
-            are never dropped for it.
+            are never dropped for it, nor are the four that came in last, since one instruction may need as many.
         pager: The pager to answer the faults; None: the default one of this process.
 
     Threads may share a region.  A forked child does not inherit the memory: a touch there is a SIGSEGV, and methods
@@ -82,7 +84,7 @@ class Region:
     def _choose_budget(self, budget: str | float | None) -> int | None:
         block_size = self._geometry.block_size
         if budget is None:
-            return max(process.memory_available() // 2, block_size)
+            return max(process.memory_available() // 2, SMALLEST_BUDGET * block_size)
         return units.check_budget(budget, block_size)
 
     def _open(self, recipe: Recipe) -> Mapping:

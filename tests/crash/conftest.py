@@ -167,11 +167,13 @@ class Victim:
 
     def memfds(self, pid: int) -> int:
         """How many regions a process of the pager holds."""
-        return len(_regions(pid))
+        with contextlib.suppress(OSError):  # a descriptor was closed meanwhile
+            return len(_regions(pid))
+        return -1
 
     def states(self, pid: int) -> bytes:
         """Return the block states of all regions, as a process of the pager sees them; they change as it works."""
-        with contextlib.suppress(OSError):  # it may be gone
+        with contextlib.suppress(OSError, ValueError):  # it may be gone, or a region just begin
             return b"".join(map(_states, _regions(pid)))
         return b""
 

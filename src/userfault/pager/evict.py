@@ -31,10 +31,14 @@ EVICTION = object()
 
 
 def make_room(region: Served) -> None:
-    """Drop the oldest clean blocks, one batch. Drops none if all are pinned or private: a fault must go on."""
+    """Drop the oldest clean blocks, one batch, but none of the last few: a fault must go on, whatever the budget.
+
+    One instruction may need several blocks at once: a load across a boundary two, a copy between two such places four.
+    Were one dropped for another, the instruction would start again for ever.
+    """
     batch = max(1, min(BATCH_PAGES // region.pages_per_block, region.limit // 4))
     wanted = max(batch, region.resident_blocks() - region.limit + batch)
-    _drop(region, _oldest(region, wanted, lambda _: True, most=SCAN))
+    _drop(region, _oldest(region, wanted, lambda block: block not in region.recent, most=SCAN))
 
 
 def evict_range(region: Served, first: int, stop: int) -> int:

@@ -94,7 +94,7 @@ class FaultLoop:
         at = bisect_right(bases, address) - 1
         return regions[at] if at >= 0 and address < regions[at].end else None
 
-    def run(self) -> None:  # noqa: C901, PLR0915  # see the module's docstring
+    def run(self) -> None:  # noqa: C901, PLR0912, PLR0915  # see the module's docstring
         """Read and answer until the process ends."""
         read, clock, placement = os.read, time.perf_counter_ns, self.placement
         unpack, iter_unpack = abi.UFFD_MSG_PAGEFAULT_STRUCT.unpack, abi.UFFD_MSG_PAGEFAULT_STRUCT.iter_unpack
@@ -147,6 +147,8 @@ class FaultLoop:
                     continue
                 states[block] = clean
                 order.append(block)
+                if bounded:
+                    region.recent.append(block)
                 del claims[block]
                 if waiters:
                     self._settle(region, block)

@@ -63,6 +63,8 @@ ABSENT, FILLING, CLEAN, PRIVATE, EVICTING, FAILED = (
 INSTALLING = object()
 """The claim of a reader that is about to touch the application's memory."""
 UNLIMITED = 1 << 62
+FLOOR = 4
+"""Blocks that one instruction may need at once: see `evict.make_room`."""
 PATIENCE = 200
 """How often a refusal that may pass (EAGAIN, ENOMEM) is tried again, 1 ms apart at first: ~1 s in all."""
 
@@ -131,6 +133,8 @@ class Served:
         self.waiters: dict[int, list[Request]] = {}
         self.order: deque[int] = deque()
         """Resident blocks that may be evicted, oldest first; each stands here once."""
+        self.recent: deque[int] = deque(maxlen=FLOOR)
+        """The last blocks that came in, which are not dropped to make room."""
         self.private: set[int] = set()
         """Private blocks that eviction has met and taken out of the order."""
         self.errors: dict[int, bytes] = {}
@@ -207,6 +211,7 @@ class Served:
     def _settle_in(self, block: int, source: int) -> None:
         """Install a block within the budget: it counts before it is there, or two at once would each find room."""
         self.order.append(block)  # eviction leaves it alone, since it is claimed
+        self.recent.append(block)
         try:
             if self.resident_blocks() > self.limit:
                 evict.make_room(self)
