@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from threading import Lock
+from threading import RLock
 
 from userfault.blocks import geometry as units
 from userfault.blocks.geometry import Geometry
@@ -67,7 +67,7 @@ class Region:
     ) -> None:
         self._closed = True  # until it is open
         self._warns = True
-        self._lock = Lock()
+        self._lock = RLock()  # of closing and of making views; a finalizer may run while this thread holds it
         self._store = _check_store(store)
         self._mode = _check_mode(mode)
         self._geometry = Geometry(store.size, units.check_block_size(block_size))
@@ -117,8 +117,7 @@ class Region:
     @property
     def memory(self) -> memoryview:
         """A view of the whole region, bytes; read-only in mode `r`. While it lives, the region cannot be closed."""
-        self._check()
-        return memoryview(self._map)
+        return self._view()
 
     @property
     def size(self) -> int:
@@ -202,7 +201,7 @@ class Region:
         self._pins.add(first, stop, most)
         try:
             self._ask(Message(wire.ENSURE, 0, self._map.identity, first, stop, flags=wire.WRITE if write else 0))
-            with memoryview(self._map) as whole, whole[start:end] as view:
+            with self._view() as whole, whole[start:end] as view:
                 yield view
         finally:
             if self._pid == os.getpid():  # not in a child that was forked in here
@@ -315,8 +314,9 @@ class Region:
                 raise BufferError(
                     "a view of the region's memory is alive; delete it, or release() the memoryview, first"
                 )
-            self._end()
-            self._map.close()
+            self._closed = True  # no view is made from now on
+        self._forsake(self._map)
+        self._map.close()
 
     def _ask(self, message: Message) -> Message:
         try:
@@ -326,9 +326,11 @@ class Region:
                 raise RegionClosedError("the region was closed meanwhile") from None
             raise
 
-    def _end(self) -> None:
-        self._closed = True
-        self._forsake(self._map)
+    def _view(self) -> memoryview:
+        self._check()
+        with self._lock:
+            self._check()  # closing looks for views and forbids new ones in one step
+            return memoryview(self._map)
 
     def views(self) -> int:
         """Count the buffers that are exported from the memory: memoryviews, and what was made from them."""
@@ -342,8 +344,10 @@ class Region:
         if self.closed:
             return
         with self._lock:
-            if not self._closed:
-                self._end()
+            if self._closed:
+                return
+            self._closed = True
+        self._forsake(self._map)
 
     def owned_by_views(self) -> None:
         """Let the region end with its last view, as `numpy.memmap` does; to forget it is then no mistake."""

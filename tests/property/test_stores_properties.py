@@ -156,8 +156,8 @@ TestBelieving.settings = settings(max_examples=30, stateful_step_count=25, deadl
 @settings(max_examples=15, deadline=None)
 @given(order=st.lists(st.integers(0, 9), max_size=60), limit=st.integers(1, 5))
 def test_the_table_of_open_files_stays_small_and_right(order: list[int], limit: int) -> None:
-    usual = descriptors.LIMIT
-    descriptors.LIMIT = limit
+    usual = descriptors._limit
+    descriptors._limit = limit
     with tempfile.TemporaryDirectory() as folder:
         files = []
         for number in range(10):
@@ -170,6 +170,6 @@ def test_the_table_of_open_files_stays_small_and_right(order: list[int], limit: 
                 assert os.pread(descriptors.open_file(*files[number]).fd, 9, 0) == b"%d" % number
                 assert len(descriptors._table) <= limit
         finally:
-            descriptors.LIMIT = usual
+            descriptors._limit = usual
             for known in files:
                 descriptors.forget(*known)

@@ -9,8 +9,8 @@ The rule that makes this safe: **the state is written first, then the kernel is 
 which a worker dies, the byte then says what may have happened, and `RECOVERY` says what to make of it.  Pages that a
 dead worker had already copied are right (COPY shows whole pages at once), and a thread may be using them; but a block
 that is half there under the name of `ABSENT` would never fault again where it is there, and never be evicted.  So the
-next worker makes a hole of a block that was `FILLING`, as of one that was `EVICTING`: it holds nothing but the store's
-bytes, and whoever uses them faults again.
+next worker calls a block `CLEAN` that was `FILLING` and is wholly there, and otherwise makes a hole of it, as of one
+that was `EVICTING`: it holds nothing but the store's bytes, and whoever uses them faults again.
 
 `DIRTY` and `FLUSHING` belong to regions that write back; they are in the table so that its numbers never change.
 """
@@ -74,7 +74,10 @@ RECOVERY: Final[dict[BlockState, BlockState]] = {
     _S.FLUSHING: _S.DIRTY,
     _S.EVICTING: _S.ABSENT,
 }
-"""What a new worker makes of the states that only a living worker can be in (ABSENT: after punching the hole)."""
+"""What a new worker makes of the states that only a living worker can be in (ABSENT: after punching the hole).
+
+A FILLING block that is wholly there is CLEAN.
+"""
 
 RESIDENT: Final[frozenset[BlockState]] = frozenset({_S.CLEAN, _S.DIRTY, _S.FLUSHING, _S.PRIVATE})
 """The states in which a read touch simply runs."""

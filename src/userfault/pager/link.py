@@ -76,6 +76,8 @@ class Link:
         """What `retire` could not send yet."""
         self._hello = Event()
         self._over = False
+        self._farewell = ""
+        """Why the pager goes, if that was asked for."""
         try:
             with forking, spawn.standard_descriptors():
                 self._begin()
@@ -284,7 +286,7 @@ class Link:
         self._hello.set()
 
     def _end(self, reason: str) -> None:
-        self.lost = self.lost or reason
+        self.lost = self.lost or self._farewell or reason
         self._hello.set()
         self._settle_all()
 
@@ -303,12 +305,13 @@ class Link:
         """End the pager in good order, and wait until both its processes are gone."""
         if self.pid != os.getpid():
             return
+        self._farewell = "the pager was closed"
         self.lifeline.disarm()
         watched = [fd for fd in map(_pidfd, (self.worker_pid, self.supervisor_pid)) if fd >= 0]
         if not self.lost:
             with contextlib.suppress(PagerLostError):
                 self._wait(self._send(Message(wire.BYE)), STOP_S)
-        self.lost = self.lost or "the pager was closed"
+        self.lost = self.lost or self._farewell
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
         _wait_all(watched)
