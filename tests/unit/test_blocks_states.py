@@ -41,13 +41,13 @@ def test_fresh_memory_says_absent() -> None:
     assert S(bytes(1)[0]) is S.ABSENT
 
 
-@pytest.mark.parametrize(("before", "after"), list(product(S, S)), ids=lambda state: state.name)
-def test_check_follows_the_table(before: BlockState, after: BlockState) -> None:
-    if (before, after) in ALLOWED:
-        check(before, after)
-    else:
-        with pytest.raises(ValueError, match=f"from {before.name} to {after.name}"):
+def test_check_follows_the_table() -> None:
+    for before, after in product(S, S):
+        if (before, after) in ALLOWED:
             check(before, after)
+        else:
+            with pytest.raises(ValueError, match=f"from {before.name} to {after.name}"):
+                check(before, after)
 
 
 def test_each_transition_has_one_line_and_a_cause() -> None:

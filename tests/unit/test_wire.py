@@ -43,10 +43,11 @@ def test_the_head_is_forty_bytes_without_holes() -> None:
     assert int.from_bytes(head[8:16], "little") == 0x0102030405060708
 
 
-@pytest.mark.parametrize("length", range(HEAD.size))
-def test_a_truncated_packet_is_refused(length: int) -> None:
-    with pytest.raises(ValueError, match=f"packet of {length} bytes"):
-        wire.decode(Message(wire.OPEN, 1, 2, 3, 4).encode()[:length])
+def test_a_truncated_packet_is_refused() -> None:
+    data = Message(wire.OPEN, 1, 2, 3, 4).encode()
+    for length in range(HEAD.size):
+        with pytest.raises(ValueError, match=f"packet of {length} bytes"):
+            wire.decode(data[:length])
 
 
 def test_kinds_have_numbers_of_their_own() -> None:
