@@ -6,7 +6,9 @@
     ├── StoreError                       the data could not be had: .store, .offset, .length, .cause
     ├── RegionClosedError (also ValueError)  you used a region after closing it
     ├── PagerLostError                   the world took the pager away
-    └── ProtocolError                    LocalProtocolError: your mistake; RemoteProtocolError: the peer's
+    └── ProtocolError                    a conversation left its protocol
+        ├── LocalProtocolError (also OSError)  your mistake, as an errno: .syscall, .errno
+        └── RemoteProtocolError              the peer's
 
 Catch `Error` for all of them. Each one survives `pickle` and `copy` with its attributes, because errors
 travel from the pager's processes to the application. Nothing else of userfault is imported here.
@@ -37,16 +39,8 @@ class Error(Exception):
     """Base of everything that userfault raises on purpose."""
 
 
-class KernelError(Error, OSError):
-    """A system call failed.
-
-    It is an `OSError` in every respect (`errno`, `strerror`), and names the call besides.
-
-    Args:
-        errno: The error number that the kernel gave.
-        syscall: The call as the manual writes it, such as `"ioctl(UFFDIO_COPY)"`.
-        detail: What was being done, with the numbers, or what to do about it.
-    """
+class _CallError(OSError):
+    """An `OSError` that names the call, and says more."""
 
     def __init__(self, errno: int, syscall: str, detail: str = "") -> None:
         OSError.__init__(self, errno, os.strerror(errno))
@@ -61,6 +55,18 @@ class KernelError(Error, OSError):
         # OSError's own would call us with (errno, strerror), and the name of the call would become its
         # detail.
         return type(self), (self.errno, self.syscall, self.detail), self.__dict__
+
+
+class KernelError(_CallError, Error):
+    """A system call failed.
+
+    It is an `OSError` in every respect (`errno`, `strerror`), and names the call besides.
+
+    Args:
+        errno: The error number that the kernel gave.
+        syscall: The call as the manual writes it, such as `"ioctl(UFFDIO_COPY)"`.
+        detail: What was being done, with the numbers, or what to do about it.
+    """
 
 
 class UnsupportedError(Error):
@@ -135,8 +141,16 @@ class ProtocolError(Error):
     """A conversation left its protocol."""
 
 
-class LocalProtocolError(ProtocolError):
-    """This side was about to break the protocol: a programming error here."""
+class LocalProtocolError(_CallError, ProtocolError):
+    """This side was about to break the protocol: a programming error here.
+
+    It is an `OSError` as well, with the `errno` that the protocol's specification gives it.
+
+    Args:
+        errno: EINVAL, ERANGE or ENOENT.
+        syscall: What was called, such as `"write(userfaultfd)"`.
+        detail: What was wrong, with the numbers.
+    """
 
 
 class RemoteProtocolError(ProtocolError):

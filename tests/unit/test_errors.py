@@ -18,7 +18,7 @@ _SAMPLES = [
     errors.RegionClosedError("closed"),
     errors.PagerLostError("lost"),
     errors.ProtocolError("left"),
-    errors.LocalProtocolError("ours"),
+    errors.LocalProtocolError(errno.EINVAL, "write(userfaultfd)", "7 bytes"),
     errors.RemoteProtocolError("theirs"),
 ]
 
@@ -48,6 +48,15 @@ def test_a_kernel_error_names_the_call_and_is_an_os_error() -> None:
     assert isinstance(error, OSError)
     assert (error.errno, error.strerror, error.args) == (17, "File exists", (17, "File exists"))
     assert (error.syscall, error.detail) == ("ioctl(UFFDIO_COPY)", "address 0x1000")
+
+
+def test_a_local_protocol_error_is_an_os_error_with_the_errno_of_the_specification() -> None:
+    error = errors.LocalProtocolError(errno.ERANGE, "write(userfaultfd)", "empty")
+
+    assert str(error) == "write(userfaultfd): [Errno 34] Numerical result out of range: empty"
+    assert isinstance(error, OSError)
+    assert isinstance(error, errors.ProtocolError)
+    assert not isinstance(error, errors.KernelError)
 
 
 def test_an_unsupported_error_says_what_where_and_what_to_do() -> None:
