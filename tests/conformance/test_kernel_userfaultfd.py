@@ -24,7 +24,7 @@ from userfault.kernel import (
 )
 
 if TYPE_CHECKING:
-    from tests.conformance.conftest import Arena, RunChild
+    from tests.conformance.conftest import Arena, RunChild, StartChild
 
 needs_privilege = pytest.mark.skipif(
     not process.has_capability(process.CAP_SYS_PTRACE), reason="needs CAP_SYS_PTRACE: run the tests as root"
@@ -73,6 +73,21 @@ def test_open_enables_what_was_asked_for_and_tells_what_there_is(arena: Arena) -
     assert uffd.features & uffd.available == uffd.features < uffd.available
     assert (info.initialized, info.api, info.pending, info.total) == (True, abi.UFFD_API, 0, 0)
     assert Ioctl.COPY in info.ioctls
+
+
+def test_copies_of_a_descriptor_are_told_from_other_descriptors(arena: Arena, start_child: StartChild) -> None:
+    one, other = arena.uffd(), arena.uffd(nonblock=False)
+    copy = arena.keep(Userfaultfd(os.dup(one.fd)))
+    child = start_child(f"os.set_inheritable({one.fd}, False); print(flush=True); sys.stdin.read()", pass_fds=(one.fd,))
+    assert child.stdout is not None
+    child.stdout.readline()
+
+    there = fdinfo.read_fdinfo(one.fd, child.pid)
+
+    infos = [uffd.fdinfo() for uffd in (one, copy, other)]
+    assert infos[0].inode == infos[1].inode == there.inode != infos[2].inode
+    assert [bool(info.flags & os.O_NONBLOCK) for info in infos] == [True, True, False]
+    assert bool(there.flags & os.O_CLOEXEC) is True
 
 
 def test_every_feature_up_to_move_is_offered_or_refused_by_name(arena: Arena) -> None:

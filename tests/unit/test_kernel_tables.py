@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import TYPE_CHECKING
 
@@ -117,13 +118,21 @@ def test_a_fault_is_of_one_kind(flags: int, expected: tuple[bool, bool, bool, bo
 
 
 def test_the_state_of_a_descriptor_is_parsed() -> None:
-    text = "pos:\t0\nflags:\t02004002\nmnt_id:\t16\npending:\t2\ntotal:\t5\nAPI:\taa:80010100:80000000000001ff\n"
+    text = "pos:\t0\nflags:\t02004002\nmnt_id:\t16\nino:\t7381\n"
+    text += "pending:\t2\ntotal:\t5\nAPI:\taa:80010100:80000000000001ff\n"
 
     info = parse_fdinfo(text)
 
     assert (info.pending, info.total, info.api, info.initialized) == (2, 5, 0xAA, True)
     assert info.features == Feature.MOVE | Feature.THREAD_ID
     assert info.ioctls >= Ioctl.API | Ioctl.MOVE
+    assert (info.flags, info.inode) == (os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC, 7381)
+
+
+def test_the_state_of_a_descriptor_of_an_old_kernel_is_parsed() -> None:
+    info = parse_fdinfo("pending:\t0\ntotal:\t0\nAPI:\taa:0:8000000000000003\n")
+
+    assert (info.flags, info.inode, info.initialized) == (0, 0, False)
 
 
 @pytest.mark.parametrize("text", ["", "pos:\t0\n", "pending:\t1\ntotal:\t1\n"])

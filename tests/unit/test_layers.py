@@ -21,6 +21,7 @@ _LEVELS = {
     "pager": 3,
     "stats": 3,
     "region": 4,
+    "exported": 4,
     "arrays": 5,
     "cli": 6,
     "testing": 6,
@@ -56,7 +57,7 @@ _HEAVY = frozenset(
 )
 # What the pager's processes load: these rooms whole, and of the kernel's room these modules.
 _LEAN_ROOMS = {"errors", "stores", "blocks", "pager"}
-_LEAN_KERNEL = {"__init__", "abi", "userfaultfd", "memory", "memfd", "process"}
+_LEAN_KERNEL = {"__init__", "abi", "userfaultfd", "maps", "memory", "memfd", "process"}
 
 
 def _modules() -> list[Path]:

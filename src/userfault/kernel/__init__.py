@@ -7,7 +7,8 @@ Each operation stands under the name that its manual page gives it, with the err
   does.
 * `events`: the messages, as typed objects. `fdinfo`: the descriptor's state, from /proc.
 * `memory`: mapping, advice, views. `memfd`: files that are memory.
-* `pagemap`: what the kernel knows of pages. `process`: processes, their rights and their memory.
+* `pagemap`: what the kernel knows of pages. `maps`: the mappings of a process, and which are registered.
+* `process`: processes, their rights and their memory.
 * `capabilities`: what this machine offers. `gates`: who refused a userfaultfd, and the remedy.
 
 Names are imported when first used, so that the pager's processes pay for what they need only.
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         events,
         fdinfo,
         gates,
+        maps,
         memfd,
         memory,
         pagemap,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from userfault.kernel.events import Event, Fork, PageFault, Remap, Remove, Unknown, Unmap, parse
     from userfault.kernel.fdinfo import FdInfo
     from userfault.kernel.gates import Gate
+    from userfault.kernel.maps import MapEntry
     from userfault.kernel.memory import PAGE_SIZE
     from userfault.kernel.pagemap import PageEntry, Pagemap, PageRange, ScanResult
     from userfault.kernel.userfaultfd import Userfaultfd
@@ -62,6 +65,7 @@ _HOMES = {
     "events": "Event Fork PageFault Remap Remove Unknown Unmap parse",
     "fdinfo": "FdInfo",
     "gates": "Gate",
+    "maps": "MapEntry",
     "memfd": "",
     "memory": "PAGE_SIZE",
     "pagemap": "PageEntry PageRange Pagemap ScanResult",
@@ -83,6 +87,7 @@ __all__ = [
     "Fork",
     "Gate",
     "Ioctl",
+    "MapEntry",
     "MoveMode",
     "PageCategory",
     "PageEntry",
@@ -106,6 +111,7 @@ __all__ = [
     "events",
     "fdinfo",
     "gates",
+    "maps",
     "memfd",
     "memory",
     "pagemap",

@@ -24,6 +24,10 @@ class FdInfo:
         features: What is enabled.
         ioctls: What the kernel can do at all.
         initialized: Whether UFFDIO_API has been done.
+        flags: `O_` bits with which it is open, such as `os.O_NONBLOCK` and `os.O_CLOEXEC`. UFFD_USER_MODE_ONLY is not
+            among them: /proc does not tell.
+        inode: The same number for all copies of one userfaultfd, in whatever process, and another for every other
+            one; 0 if unknown. Linux 5.14.
     """
 
     pending: int
@@ -32,6 +36,8 @@ class FdInfo:
     features: Feature
     ioctls: Ioctl
     initialized: bool
+    flags: int = 0
+    inode: int = 0
 
 
 def parse_fdinfo(text: str) -> FdInfo:
@@ -51,6 +57,8 @@ def parse_fdinfo(text: str) -> FdInfo:
         features=Feature(features & ~_INITIALIZED),
         ioctls=Ioctl(ioctls),
         initialized=bool(features & _INITIALIZED),
+        flags=int(fields.get("flags", "0"), 8),
+        inode=int(fields.get("ino", "0")),
     )
 
 

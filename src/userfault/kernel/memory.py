@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from struct import pack
 
+from userfault.errors import KernelError
 from userfault.kernel import abi
 from userfault.kernel.syscalls import failed, libc
 
@@ -31,6 +33,7 @@ __all__ = [
     "PROT_WRITE",
     "address_of",
     "advise",
+    "fetch",
     "map_memory",
     "memmove",
     "mincore",
@@ -62,6 +65,8 @@ libc.mremap.restype = ctypes.c_ssize_t
 _process_madvise = ctypes.CDLL(None, use_errno=True).syscall  # an object of its own, with types of its own
 _process_madvise.argtypes = (ctypes.c_long, _int, ctypes.c_char_p, _size, _int, ctypes.c_uint)
 _process_madvise.restype = ctypes.c_long
+libc.write.argtypes = (_int, _pointer, _size)
+libc.write.restype = ctypes.c_ssize_t
 libc.mincore.argtypes = (_pointer, _size, ctypes.c_char_p)
 
 
@@ -208,6 +213,31 @@ def memmove(dst: int, src: int, length: int) -> None:
     the process.
     """
     ctypes.memmove(dst, src, length)
+
+
+def fetch(address: int, length: int) -> bytes:
+    """Copy a few bytes of memory through the kernel: what cannot be read is an error instead of a signal.
+
+    Args:
+        address: Where; whatever it may be.
+        length: Bytes, at most 4096 (PIPE_BUF).
+
+    Raises:
+        KernelError: EFAULT: not all of it can be read. EMFILE: it takes two descriptors.
+    """
+    if not length:
+        return b""
+    try:
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError(error.errno or 0, "pipe2") from None
+    try:
+        if libc.write(writer, address, length) != length:
+            raise failed("write", f"address {address:#x}, length {length}")
+        return os.read(reader, length)
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 # -- buffers -------------------------------------------------------------------------------------------------
