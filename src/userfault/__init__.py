@@ -9,7 +9,7 @@ import importlib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from userfault import errors, kernel, stores
+    from userfault import errors, kernel, protocol, stores
     from userfault.arrays import PagedArray, open_array
     from userfault.blocks import BlockState
     from userfault.errors import (
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
         StoreError,
         UnsupportedError,
     )
+    from userfault.exported import Exported, UserfaultFD, userfaultfd
     from userfault.kernel.capabilities import Capabilities, capabilities
     from userfault.pager import Pager, default_pager
+    from userfault.protocol import Piece, Reservation, madvise, remap_anon_pages
     from userfault.region import Region
     from userfault.stats import Latency, RegionStats
     from userfault.stores import FileStore, MemoryStore, Store
@@ -45,8 +47,10 @@ _HOME = {
         "StoreError",
         "UnsupportedError",
     ),
+    "exported": ("Exported", "UserfaultFD", "userfaultfd"),
     "kernel.capabilities": ("Capabilities", "capabilities"),
     "pager": ("Pager", "default_pager"),
+    "protocol": ("Piece", "Reservation", "madvise", "remap_anon_pages"),
     "region": ("Region",),
     "stats": ("Latency", "RegionStats"),
     "stores": ("FileStore", "MemoryStore", "Store"),
@@ -57,6 +61,7 @@ __all__ = [
     "BlockState",
     "Capabilities",
     "Error",
+    "Exported",
     "FileStore",
     "KernelError",
     "Latency",
@@ -65,21 +70,28 @@ __all__ = [
     "PagedArray",
     "Pager",
     "PagerLostError",
+    "Piece",
     "ProtocolError",
     "Region",
     "RegionClosedError",
     "RegionStats",
     "RemoteProtocolError",
+    "Reservation",
     "Store",
     "StoreError",
     "UnsupportedError",
+    "UserfaultFD",
     "__version__",
     "capabilities",
     "default_pager",
     "errors",
     "kernel",
+    "madvise",
     "open_array",
+    "protocol",
+    "remap_anon_pages",
     "stores",
+    "userfaultfd",
 ]
 
 
@@ -87,7 +99,7 @@ def __getattr__(name: str) -> object:
     """Import a public name where it is first used: the pager's processes need few of them, NumPy least of all."""
     if name in _ROOMS:
         value = getattr(importlib.import_module(f"userfault.{_ROOMS[name]}"), name)
-    elif name in {"errors", "kernel", "stores"}:
+    elif name in {"errors", "kernel", "protocol", "stores"}:
         value = importlib.import_module(f"userfault.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

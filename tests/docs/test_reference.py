@@ -15,7 +15,8 @@ import pytest
 import userfault
 from userfault.blocks import states
 from userfault.cli.program import COMMANDS, make_parser
-from userfault.kernel import Userfaultfd, memfd, memory, process
+from userfault.kernel import Userfaultfd, maps, memfd, memory, process
+from userfault.protocol import states as protocol_states
 
 _ROOT = Path(__file__).parents[2]
 _DOCS = _ROOT / "docs"
@@ -94,6 +95,13 @@ def test_the_diagram_is_drawn_from_the_table() -> None:
     assert f"```mermaid\n{states.diagram()}\n```" in page
 
 
+def test_the_diagram_of_the_protocol_is_drawn_from_its_table() -> None:
+    page = (_DOCS / "protocol.md").read_text(encoding="utf-8")
+
+    assert f"```mermaid\n{protocol_states.diagram()}\n```" in page
+    assert [state.name for state in protocol_states.State if f"\n| {state.name} |" not in page] == []
+
+
 @pytest.mark.parametrize("words", [[], *([command.name] for command in COMMANDS)], ids=" ".join)
 def test_help_texts_are_those_of_the_program(words: list[str]) -> None:
     result = subprocess.run(
@@ -121,7 +129,7 @@ def test_every_operation_of_the_kernel_package_is_on_its_page() -> None:
     page = (_DOCS / "kernel.md").read_text(encoding="utf-8")
     operations = {name for name in vars(Userfaultfd) if not name.startswith("_")} - {"adopt", "detach", "fileno"}
     properties = {"fd", "closed", "ioctls", "via", "read_raw", "user_mode_only", "close"}
-    functions = {name for module in (memory, memfd, process) for name in module.__all__ if name.islower()}
+    functions = {name for module in (maps, memory, memfd, process) for name in module.__all__ if name.islower()}
 
     assert [name for name in sorted(operations - properties | functions) if name not in page] == []
 

@@ -23,6 +23,7 @@ from userfault.blocks.geometry import PAGE_SIZE
 from userfault.errors import Error, StoreError
 from userfault.kernel import process
 from userfault.pager import evict, failure, faults, spawn, wire
+from userfault.pager.exports import Exports
 from userfault.pager.placement import WATCH_NS
 from userfault.pager.pool import Request, pool_of
 from userfault.pager.served import Served
@@ -60,6 +61,7 @@ class Control:
         self._made: deque[tuple[Message, Served | StoreError]] = deque()
         self._requests: dict[int, list[Request]] = {}
         self._outbox: deque[Message] = deque()
+        self.exports = Exports(self._tell_supervisor, self.progress)
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
         self._progress = False
@@ -75,6 +77,8 @@ class Control:
             wire.EVICT: self._evict,
             wire.SYNC: self._sync,
             wire.BYE: self._bye,
+            wire.EXPORT: self._export,
+            wire.RENEW: self._renew,
         }
 
     # -- the loop --------------------------------------------------------------------------------------------
@@ -184,7 +188,8 @@ class Control:
         self.ward.close()
         ward, theirs = wire.pair()
         regions = [(region.id, region.fd) for region in self.regions.values()]
-        will = self.will | {"ward": theirs.fileno(), "regions": regions, "strikes": 0}
+        exports = self.exports.descriptors()
+        will = self.will | {"ward": theirs.fileno(), "regions": regions, "exports": exports, "strikes": 0}
         try:
             spawn.start_successor(spawn.SUPERVISOR, will)
         except OSError:  # no process to be had; the next tick tries again
@@ -209,7 +214,8 @@ class Control:
             self._poll.unregister(self.control)
             self._listening = False
             self._tick()
-            self._over = self._over or not (self.regions or self._opening)  # then nobody will ever need us
+            wanted = self.regions or self._opening or len(self.exports)
+            self._over = self._over or not wanted  # then nobody will ever need us
             return
         try:
             self._verbs[message.kind](message)
@@ -277,6 +283,16 @@ class Control:
             for request in list(self._requests.pop(region.id, [])):
                 request.abandon(failure.encode(StoreError("the region was closed meanwhile")))
             os.close(region.fd)
+        elif message.region in self.exports:
+            self.exports.close(message.region)
+        self.post(Message(wire.OK, message.id))
+
+    def _export(self, message: Message) -> None:
+        self.exports.open(message)
+        self.post(Message(wire.OK, message.id))
+
+    def _renew(self, message: Message) -> None:
+        self.exports.renew(message.region)
         self.post(Message(wire.OK, message.id))
 
     def _region(self, message: Message) -> Served:

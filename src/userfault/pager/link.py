@@ -121,6 +121,7 @@ class Link:
             "control": control.fileno(),
             "lifeline": self.lifeline.theirs.fileno(),
             "regions": [],
+            "exports": [],
             "strikes": 0,
         }
         with supervisor, worker:

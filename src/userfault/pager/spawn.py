@@ -90,7 +90,8 @@ def read_will(fd: int) -> Will:
 def descriptors(will: Will) -> set[int]:
     """Every descriptor a will speaks of."""
     single = (will[key] for key in ("application", "uffd", "control", "lifeline", "ward") if will[key] >= 0)
-    return {*single, *(fd for _, fd in will["regions"])}
+    exported = (fd for _, fds in will["exports"] for fd in fds)
+    return {*single, *(fd for _, fd in will["regions"]), *exported}
 
 
 def start_successor(role: str, will: Will) -> int:

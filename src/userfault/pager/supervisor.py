@@ -22,7 +22,8 @@ from userfault.blocks import ledger
 from userfault.blocks.geometry import PAGE_SIZE
 from userfault.kernel import process
 from userfault.kernel.userfaultfd import Userfaultfd
-from userfault.pager import poison, spawn, wire
+from userfault.pager import poison, record, spawn, wire
+from userfault.pager.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Supervisor:
         self.ward = socket.socket(fileno=will["ward"])
         self.control = socket.socket(fileno=will["control"])
         self.regions: dict[int, int] = dict(will["regions"])
+        self.exports: dict[int, tuple[int, ...]] = {number: tuple(fds) for number, fds in will["exports"]}
         self.strikes: int = will["strikes"]
         self.worker = -1
         """pidfd of the worker; -1 until it has introduced itself."""
@@ -105,7 +107,10 @@ class Supervisor:
             self.worker_pid, self.worker = message.a, message.fds[0]
         elif message.kind == wire.KEEP:
             self.drop(message.region)
-            self.regions[message.region] = message.fds[0]
+            if len(message.fds) == wire.EXPORT_FDS:
+                self.exports[message.region] = message.fds
+            else:
+                self.regions[message.region] = message.fds[0]
         elif message.kind == wire.DROP:
             self.drop(message.region)
         elif message.kind == wire.PROGRESS:
@@ -115,10 +120,9 @@ class Supervisor:
         return True
 
     def drop(self, region: int) -> None:
-        """Forget a region that was closed."""
+        """Forget a region, or an export, that was closed."""
         fd = self.regions.pop(region, -1)
-        if fd >= 0:
-            os.close(fd)
+        wire.close_all((fd,) if fd >= 0 else self.exports.pop(region, ()))
 
     def bury(self) -> None:
         """Forget the dead worker, and see whether anyone still needs another."""
@@ -146,6 +150,7 @@ class Supervisor:
         will = self.will | {
             "ward": theirs.fileno(),
             "regions": list(self.regions.items()),
+            "exports": list(self.exports.items()),
             "strikes": self.strikes,
         }
         with contextlib.suppress(OSError):  # could not be started: counts as one that died
@@ -159,6 +164,9 @@ class Supervisor:
         for fd in self.regions.values():
             words = ledger.read_words(fd)
             poison.poison(uffd, words[ledger.W_ADDRESS], -(-words[ledger.W_SIZE] // PAGE_SIZE) * PAGE_SIZE)
+        for fds in self.exports.values():
+            words = Record(fds[0]).words
+            poison.poison(Userfaultfd(fds[1]), words[record.W_ADDRESS], words[record.W_SIZE])
         with contextlib.suppress(OSError):
             reason = f"{self.strikes} workers in a row died before they had filled a block".encode()
             wire.send(self.control, wire.Message(wire.LOST, text=reason), socket.MSG_DONTWAIT)

@@ -16,12 +16,14 @@ import struct
 
 HEAD = struct.Struct("=BBHIQQQQ")
 MAX_MESSAGE = 32 << 10
-MAX_FDS = 2
+EXPORT_FDS = 5
+"""Of an export: its record, the userfaultfd, our end, the program's end, the memory."""
+MAX_FDS = EXPORT_FDS
 _FD = struct.Struct("=i")
 _ROOM_FOR_FDS = socket.CMSG_SPACE(MAX_FDS * _FD.size)
 
 # Requests of the application.
-OPEN, CLOSE, ENSURE, EVICT, RETRY, SYNC, BYE = range(1, 8)
+OPEN, CLOSE, ENSURE, EVICT, RETRY, SYNC, BYE, EXPORT, RENEW = range(1, 10)
 # Answers and news of the pager.
 OK, FAILED, HELLO, LOST = range(16, 20)
 # Between supervisor and worker.
@@ -110,12 +112,17 @@ def receive(sock: socket.socket, flags: int = 0) -> Message | None:
         return None
     fds = tuple(fd for _, _, text in rights for (fd,) in _FD.iter_unpack(text[: len(text) & -_FD.size]))
     if state & (socket.MSG_TRUNC | socket.MSG_CTRUNC):  # the latter also where this process can have no more of them
-        for fd in fds:
-            os.close(fd)
+        close_all(fds)
         fds = ()
     if state & socket.MSG_TRUNC:
         raise ValueError(f"a packet was cut off after {len(data)} bytes")
     return decode(data, fds) if data else None
+
+
+def close_all(fds: tuple[int, ...]) -> None:
+    """Close descriptors that came with a message."""
+    for fd in fds:
+        os.close(fd)
 
 
 def _pack_fds(fds: tuple[int, ...]) -> bytes:

@@ -36,6 +36,8 @@ def run(will: Will) -> None:
     control.introduce()
     for _, fd in will["regions"]:
         take_over(fd, uffd, control)
+    for _, fds in will["exports"]:
+        control.exports.adopt(tuple(fds), again=True)
     Thread(target=live, args=(control,), name="control", daemon=True).start()
     loop.run()
 

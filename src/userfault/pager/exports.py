@@ -1,0 +1,101 @@
+"""The exported descriptors of a worker, and the one thread that serves them all.
+
+It waits in an edge-triggered epoll for their memories and their programs, and pumps whichever has news.  A region's
+faults never wait for it: the fault loop is another thread, and this one starts with the first export.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+from threading import Thread
+
+from userfault.pager import failure, wire
+from userfault.pager.outlet import Outlet
+from userfault.pager.wire import Message
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Exports:
+    """All of them. Its methods are called by the control thread.
+
+    Args:
+        tell_supervisor: Sends a message to the supervisor.
+        on_answer: Called after each answer, by any thread.
+    """
+
+    def __init__(self, tell_supervisor: Callable[[Message], None], on_answer: Callable[[], None]) -> None:
+        self._tell_supervisor = tell_supervisor
+        self._on_answer = on_answer
+        self._outlets: dict[int, Outlet] = {}
+        self._by_fd: dict[int, Outlet] = {}
+        self._epoll: select.epoll | None = None
+
+    def __len__(self) -> int:
+        return len(self._outlets)
+
+    def __contains__(self, identity: int) -> bool:
+        return identity in self._outlets
+
+    def open(self, message: Message) -> None:
+        """Serve a descriptor from now on; a request that a new worker is sent again is done already."""
+        if message.region in self._outlets:
+            wire.close_all(message.fds)
+            return
+        if len(message.fds) != wire.EXPORT_FDS:
+            wire.close_all(message.fds)
+            raise OSError(24, "the pager has no descriptors left for an export; see `ulimit -n`")
+        self.adopt(message.fds)
+        self._tell_supervisor(Message(wire.KEEP, region=message.region, fds=message.fds))
+
+    def adopt(self, fds: tuple[int, ...], *, again: bool = False) -> None:
+        """Serve one whose descriptors are here."""
+        outlet = Outlet(fds, self._on_answer, again=again)
+        self._outlets[outlet.id] = outlet
+        for fd in (outlet.uffd.fd, outlet.ours.fileno()):
+            self._by_fd[fd] = outlet
+        outlet.watch(self._started())
+        outlet.pump()
+
+    def renew(self, identity: int) -> None:
+        """Let another program begin.
+
+        Raises:
+            KeyError: There is no such export.
+        """
+        self._outlets[identity].renew()
+
+    def close(self, identity: int) -> None:
+        """Serve one no longer."""
+        outlet = self._outlets.pop(identity)
+        self._tell_supervisor(Message(wire.DROP, region=identity))  # a successor must never serve it again
+        for fd in (outlet.uffd.fd, outlet.ours.fileno()):
+            del self._by_fd[fd]
+        outlet.close()
+
+    def descriptors(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Return what a successor needs of each: its number and its descriptors."""
+        return [(identity, outlet.fds) for identity, outlet in self._outlets.items()]
+
+    def _started(self) -> select.epoll:
+        if self._epoll is None:
+            self._epoll = select.epoll()
+            Thread(target=self._run, args=(self._epoll,), name="exports", daemon=True).start()
+        return self._epoll
+
+    def _run(self, epoll: select.epoll) -> None:
+        while True:
+            for fd, _ in epoll.poll():
+                outlet = self._by_fd.get(fd)
+                if outlet is not None:
+                    self._pump(outlet)
+
+    def _pump(self, outlet: Outlet) -> None:
+        try:
+            outlet.pump()
+        except Exception as error:  # noqa: BLE001  # the others must go on
+            with contextlib.suppress(Exception):
+                failure.report(f"export {outlet.id}: {failure.plain(error)}")
