@@ -1,9 +1,9 @@
-"""The command line: `userfault doctor`, `userfault demo`, `userfault info`.
+"""The command line: `userfault doctor`, `userfault demo`, `userfault info`, `userfault fdinfo`.
 
 `program` is the whole, `command` says what a command is, `screen` where it writes, `figures` how numbers read.  Each
 command stands in a module of its own name, with what belongs to it alone beside it: `machine`, `limits` and `trial` for
-the doctor, `show`, `sample` and `drawing` for the demo, `storage` for info.  rich makes it pleasant and is not needed;
-NumPy is imported by the commands that use arrays.
+the doctor, `show`, `sample` and `drawing` for the demo, `storage` for info, `descriptors` and `meaning` for fdinfo.
+rich makes it pleasant and is not needed; NumPy is imported by the commands that use arrays.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a command is, and how it says that it cannot go on.
 
 Exit status, the same for every command: 0, the answer is yes; 1, the answer is no (regions do not work here, what was
-read is not what the file holds); 2, the question could not be asked: a wrong argument, a missing file, no room.
+read is not what the file holds, a process has no userfaultfd); 2, the question could not be asked: a wrong argument, a
+missing file, no such process, no room.
 """
 
 from __future__ import annotations

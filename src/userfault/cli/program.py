@@ -13,6 +13,7 @@ from userfault import __version__
 from userfault.cli.command import MISTAKE, UNHEARD, CommandError, Parser
 from userfault.cli.demo import DemoCommand
 from userfault.cli.doctor import DoctorCommand
+from userfault.cli.fdinfo import FdinfoCommand
 from userfault.cli.info import InfoCommand
 from userfault.cli.screen import choose_screen
 from userfault.errors import Error
@@ -20,7 +21,7 @@ from userfault.errors import Error
 if TYPE_CHECKING:
     from userfault.cli.command import Command
 
-COMMANDS: tuple[Command, ...] = (DoctorCommand(), DemoCommand(), InfoCommand())
+COMMANDS: tuple[Command, ...] = (DoctorCommand(), DemoCommand(), InfoCommand(), FdinfoCommand())
 
 _DESCRIPTION = """\
 Memory whose pages come from somewhere else, at the first touch.
