@@ -23,7 +23,7 @@ from userfault.blocks.geometry import PAGE_SIZE
 from userfault.errors import Error, StoreError
 from userfault.kernel import process
 from userfault.pager import evict, failure, faults, spawn, wire
-from userfault.pager.exports import Exports
+from userfault.pager.exports import FDS_OF_OUTLET, Exports
 from userfault.pager.placement import WATCH_NS
 from userfault.pager.pool import Request, pool_of
 from userfault.pager.served import Served
@@ -269,8 +269,13 @@ class Control:
         """Serve a region from now on."""
         region.on_filled = self.progress
         self.regions[region.id] = region
-        limit_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(self.regions) - SPARE)
+        self._share_descriptors()
         self.loop.add(region)
+
+    def _share_descriptors(self) -> None:
+        """Leave to the files of stores what regions and exports do not need."""
+        taken = len(self.regions) + FDS_OF_OUTLET * len(self.exports)
+        limit_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - taken - SPARE)
 
     def _close(self, message: Message) -> None:
         if message.region in self._opening:
@@ -289,6 +294,7 @@ class Control:
 
     def _export(self, message: Message) -> None:
         self.exports.open(message)
+        self._share_descriptors()
         self.post(Message(wire.OK, message.id))
 
     def _renew(self, message: Message) -> None:

@@ -18,6 +18,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+FDS_OF_OUTLET = wire.EXPORT_FDS + 1
+"""Those that came, and the memory opened anew."""
+
 
 class Exports:
     """All of them. Its methods are called by the control thread.
@@ -72,7 +75,9 @@ class Exports:
         """Serve one no longer."""
         outlet = self._outlets.pop(identity)
         self._tell_supervisor(Message(wire.DROP, region=identity))  # a successor must never serve it again
+        epoll = self._started()
         for fd in (outlet.uffd.fd, outlet.ours.fileno()):
+            epoll.unregister(fd)  # others hold copies of these files: closing ours would not end the watch
             del self._by_fd[fd]
         outlet.close()
 

@@ -54,6 +54,8 @@ SEND_BUFFER = 32 << 10
 """SO_SNDBUF of the program's end (the kernel doubles it): room for some forty writes that we have not taken yet."""
 _FIONREAD, _TIOCOUTQ = 0x541B, 0x5411  # <asm-generic/ioctls.h>; the module termios is not in every Python
 _INT = struct.Struct("=i")
+_MESSAGES = 64
+_BATCH = _MESSAGES * abi.UFFD_MSG_SIZE
 _REST_S = 0.001
 _DONTWAKE = abi.UFFDIO_CONTINUE_MODE_DONTWAKE
 _EDGE = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
@@ -156,12 +158,12 @@ class Outlet:
 
     def _hear_memory(self) -> None:
         told = True
-        while data := self.uffd.read_raw():
+        while data := self.uffd.read_raw(_MESSAGES):
             told = False
             for event, _flags, address, thread in abi.UFFD_MSG_PAGEFAULT_STRUCT.iter_unpack(data):
                 if event == abi.UFFD_EVENT_PAGEFAULT:
                     told |= self.connection.fault(address, thread)
-            if not told:  # a thread that cannot sleep, since a signal waits for it, asks again and again
+            if not told and len(data) < _BATCH:  # a thread that cannot sleep, since a signal waits for it, keeps asking
                 time.sleep(_REST_S)
                 break
 

@@ -32,7 +32,7 @@ import sys
 import time
 import warnings
 import weakref
-from errno import EAGAIN, EBADF, EBUSY, EINVAL, ENOENT, EOPNOTSUPP
+from errno import EAGAIN, EBADF, EBUSY, EINVAL, ENOENT, EOPNOTSUPP, EPERM
 from threading import RLock
 from typing import TYPE_CHECKING
 
@@ -204,6 +204,8 @@ class Descriptor:
             self._reconcile()
             written = self._connection.write(taken)
             command = written.command
+            if isinstance(command, Register | Unregister):
+                self._check_own("write")
             if isinstance(command, Register):
                 MARKS.attach(command.start, command.end, self._uffd, None)
             elif isinstance(command, Unregister):
@@ -303,6 +305,7 @@ class Descriptor:
         start, end, kept = extent(memory_or_range)
         with self._lock:
             self._check_open("register")
+            self._check_own("register")
             MARKS.attach(start, end, self._uffd, kept)
 
     def unregister(self, memory_or_range: Memory) -> None:
@@ -314,6 +317,7 @@ class Descriptor:
         start, end, _ = extent(memory_or_range)
         with self._lock:
             self._check_open("unregister")
+            self._check_own("unregister")
             MARKS.detach(start, end, self._uffd)
 
     def place(self, address: int, data: Buffer) -> int:
@@ -376,6 +380,11 @@ class Descriptor:
             raise KernelError(EBADF, f"{call}(userfaultfd)", "it is closed")
         if self._given:
             raise KernelError(EBUSY, f"{call}(userfaultfd)", self._given)
+
+    def _check_own(self, call: str) -> None:
+        if self._pid != os.getpid():
+            detail = f"only process {self._pid}, whose memory it is, registers ranges; this one was forked from it"
+            raise KernelError(EPERM, f"{call}(userfaultfd)", detail)
 
     def _reconcile(self) -> None:
         """Forget faults whose threads wait no longer: a signal interrupted them, or somebody else has woken them."""

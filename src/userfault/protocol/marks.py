@@ -115,6 +115,8 @@ class Marks:
         """Held while ranges change keepers. A finalizer may run while this thread holds it."""
         self._map: RangeMap[Holding] = RangeMap()
         self._guard: Userfaultfd | None = None
+        self._inherited: RangeMap[Holding] | None = None
+        """The table of the process that this one was forked from."""
 
     # -- what changes --------------------------------------------------------------------------------------------
 
@@ -265,7 +267,7 @@ class Marks:
                 flags = memory.MAP_PRIVATE | memory.MAP_ANONYMOUS | abi.MAP_NORESERVE | abi.MAP_FIXED_NOREPLACE
                 with contextlib.suppress(KernelError):  # taken within microseconds of the fork
                     memory.map_memory(end - start, prot=memory.PROT_NONE, flags=flags, address=start)
-        self._left = self._map  # buffers that are held: their end here must not unmap what is not ours
+        self._inherited = self._map  # its buffers are held: their end here must not unmap what is not ours
         self._map = RangeMap()
         guard, self._guard = self._guard, None
         if guard is not None:
