@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+from errno import ENOENT, ESRCH
 
 from userfault.errors import KernelError
 
@@ -29,6 +30,7 @@ __all__ = [
     "status",
     "task_cpu",
     "userfaultfds",
+    "waits_in_user_fault",
 ]
 
 CAP_SYS_PTRACE = 19
@@ -115,6 +117,19 @@ def task_state(tid: int) -> tuple[str, int]:
     folder = f"/proc/self/task/{tid}"
     text = _read(f"{folder}/stat")
     return text[text.rfind(")") + 2], int(_read(f"{folder}/schedstat").split()[0])
+
+
+def waits_in_user_fault(pid: int, tid: int) -> bool:
+    """Whether a thread sleeps in a fault that a userfaultfd has reported; True also if the kernel does not say."""
+    folder = f"/proc/{pid}/task/{tid}"
+    try:
+        where = _read(f"{folder}/wchan")
+        if where != "0":
+            return where == "handle_userfault"
+        text = _read(f"{folder}/stat")  # it runs, or this kernel tells nobody where threads sleep
+    except KernelError as error:
+        return error.errno not in (ENOENT, ESRCH)
+    return text[text.rfind(")") + 2] != "R"
 
 
 def status(pid: int | str = "self") -> dict[str, str]:

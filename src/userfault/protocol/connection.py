@@ -9,25 +9,24 @@ Rules that are easily got wrong:
 * A fault is *unread* until it has been read, then *read* until a range write covers it.  A range write never touches
   an unread one: whoever polled it must be able to read it.
 * Each thread is an entry of its own: two threads on one page are two reads.
-* A thread waits in one place only.  So when it is heard of again, what was read of it before is out of date: a signal
+* A thread waits in one place only.  So when it is heard of again, what was known of it before is out of date: a signal
   has interrupted it, or somebody has woken it.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from errno import EAGAIN, EINVAL, ENOENT
 from typing import TYPE_CHECKING
 
 from userfault.errors import LocalProtocolError
-from userfault.kernel.memory import PAGE_SIZE
-from userfault.protocol import states
-from userfault.protocol.constants import USERFAULTFD_PROTOCOL
+from userfault.protocol.constants import USERFAULTFD_PROTOCOL, USERFAULTFD_UNKNOWN_PROTOCOL
 from userfault.protocol.messages import RANGE, WORD, Acknowledgement, Fault, Refusal, Version, Wake, parse_range
-from userfault.protocol.states import LEAST, TRANSITIONS, State, Step
+from userfault.protocol.states import POLL, TRANSITIONS, State, Step, poll_bits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from userfault.protocol.messages import Command
 
@@ -53,27 +52,29 @@ class Connection:
     Any exception but those named is a bug here.  Not for several threads at once: the caller has a lock.
 
     Args:
-        versions: The protocol versions that are known. The last of a sequence has no precedence: the pager chooses.
-        page_size: Bytes.
+        versions: The protocol versions that are known. Their order means nothing: the pager chooses.
         state: Where a conversation stands that is taken over.
         version: What was asked for in it.
+
+    Raises:
+        ValueError: A version that is no 64-bit number, or is the one that means a refusal.
     """
 
-    __slots__ = ("_page_size", "_read", "_unread", "state", "version", "versions")
+    __slots__ = ("_read", "_unread", "state", "version", "versions")
 
     def __init__(
         self,
         versions: Iterable[int] = (USERFAULTFD_PROTOCOL,),
-        page_size: int = PAGE_SIZE,
         *,
         state: State = State.ASK_PROTOCOL,
         version: int = 0,
     ) -> None:
         self.versions = frozenset(versions)
+        if not all(0 <= version < USERFAULTFD_UNKNOWN_PROTOCOL for version in self.versions):
+            raise ValueError(f"versions {sorted(self.versions)}: each is a number from 0 to 2**64 - 2")
         self.state = state
         self.version = version
-        self._page_size = page_size
-        self._unread: list[Fault] = []
+        self._unread: deque[Fault] = deque()
         self._read: list[Fault] = []
 
     # -- the pager's verbs ---------------------------------------------------------------------------------------
@@ -85,12 +86,13 @@ class Connection:
             LocalProtocolError: EINVAL: too short, nothing may be written now, not aligned, both command bits. ERANGE:
                 an empty range. ENOENT: nobody waits there whose fault has been read.
         """
-        least = LEAST.get(self.state)
-        if least is None:
+        if self.state is State.RUNNING:
+            return self._range(data)
+        if self.state is not State.ASK_PROTOCOL:
             raise self._refused("write", EINVAL, "the answer to what was written before has not been read")
-        if len(data) < least:
-            raise self._refused("write", EINVAL, f"{len(data)} bytes, and it takes {least}")
-        return self._ask(*WORD.unpack_from(data)) if self.state is State.ASK_PROTOCOL else self._range(data)
+        if len(data) < WORD.size:
+            raise self._refused("write", EINVAL, f"{len(data)} bytes: a protocol version is a 64-bit word")
+        return self._ask(*WORD.unpack_from(data))
 
     def read(self, length: int) -> bytes:
         """Give one answer or one fault: 8 bytes, however many are asked for.
@@ -107,15 +109,15 @@ class Connection:
         if data is None:
             raise BlockingIOError(EAGAIN, "read(userfaultfd): no fault is unread")
         if self.state is State.RUNNING:
-            self._read.append(self._unread.pop(0))
+            self._hand_out(self._unread.popleft())
         self._step(Step.READ)
         return data
 
     def poll(self) -> int:
         """Return `select.POLLIN`, `select.POLLOUT`, both or 0."""
         if self.state is State.RUNNING:
-            return states.poll_bits(self.unread, self.read_faults)
-        return states.POLL[self.state]
+            return poll_bits(self.unread, self.read_faults)
+        return POLL[self.state]
 
     def fdinfo(self) -> str:
         """Return what /proc would show: faults unread, threads waiting, and the protocols known."""
@@ -127,20 +129,20 @@ class Connection:
         """A thread has stopped at an address. Return False if that had been told, and not been read, before."""
         fault = Fault(address, thread)
         if thread:
+            self._read = [other for other in self._read if other.thread != thread]
             if any(other.thread == thread and other.page == fault.page for other in self._unread):
                 return False
-            self._read = [other for other in self._read if other.thread != thread]
         self._unread.append(fault)
         return True
 
-    def forget(self) -> None:
-        """Forget all faults that were read: their threads wait no longer."""
-        self._read.clear()
+    def retain(self, waiting: Callable[[Fault], bool]) -> None:
+        """Of the faults that were read, remember those whose threads still wait."""
+        self._read = [fault for fault in self._read if waiting(fault)]
 
     def restart(self) -> None:
         """Another pager takes over: it has to ask anew, and is told of every fault that is not resolved."""
         self.state = State.ASK_PROTOCOL
-        self._unread = self._read + self._unread
+        self._unread.extendleft(reversed(self._read))
         self._read = []
 
     # -- what is queued ------------------------------------------------------------------------------------------
@@ -156,7 +158,10 @@ class Connection:
         return len(self._read)
 
     def outgoing(self, number: int) -> bytes | None:
-        """Return what the `number`th next read would give, counted from 0; None if it would find nothing."""
+        """Return what the `number`th next read gives, counted from 0; None as long as that is not known.
+
+        (While the answer of the handshake is unread, nothing behind it is.)
+        """
         if self.state is State.RUNNING:
             return self._unread[number].encode() if number < len(self._unread) else None
         if number or self.state is State.ASK_PROTOCOL:
@@ -172,7 +177,7 @@ class Connection:
         return Written(Version(version), WORD.size)
 
     def _range(self, data: bytes) -> Written:
-        command = parse_range(data, self._page_size)
+        command = parse_range(data)
         woken = self._take(command) if isinstance(command, Wake) else ()
         self._step(Step.RANGE)
         return Written(command, RANGE.size, woken)
@@ -181,10 +186,15 @@ class Connection:
         """Take out the faults that a range write ends."""
         woken = tuple(fault for fault in self._read if wake.start <= fault.address < wake.end)
         if not woken:
-            detail = f"no thread waits in [{wake.start:#x}, {wake.end:#x}) whose fault has been read"
+            detail = f"nobody waits in [{wake.start:#x}, {wake.end:#x}) whose fault has been read; no harm is done"
             raise self._refused("write", ENOENT, detail)
-        self._read = [fault for fault in self._read if fault not in woken]
+        self._read = [fault for fault in self._read if not wake.start <= fault.address < wake.end]
         return woken
+
+    def _hand_out(self, fault: Fault) -> None:
+        """Count a fault as read, unless its thread has gone on and waits elsewhere: that is unread yet."""
+        if not fault.thread or all(later.thread != fault.thread for later in self._unread):
+            self._read.append(fault)
 
     def _step(self, step: Step) -> None:
         self.state = TRANSITIONS[self.state, step]

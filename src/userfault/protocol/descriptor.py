@@ -11,8 +11,8 @@ Some facts about userfaultfd, and what follows
 * A message is queued in the kernel until it is read, and poll(2) says POLLIN for as long.  So `read` takes one message
   at a time and keeps none: what is unread here is unread there, and POLLIN on `fileno()` is right.
 * /proc/self/fdinfo counts who waits: `pending`, not read; `total`, read or not.  So `poll` and `fdinfo` ask there; what
-  was read is remembered only to know which pages a range write wakes, and forgotten when the kernel says that nobody
-  waits.
+  was read is remembered only to know which pages a range write wakes; if the kernel counts fewer threads, those are
+  forgotten that wait no longer.
 * UFFDIO_WAKE wakes everybody in a range of pages, read or not.  So a range write wakes only the pages of faults that
   have been read.  What remains is an unread fault *on the same page* as a read one: it is woken too.  If the page is
   there, the thread goes on and its fault is never read; if not, it faults anew.
@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING
 from userfault.errors import KernelError
 from userfault.kernel import abi, memory
 from userfault.kernel.memory import PAGE_SIZE
+from userfault.kernel.process import waits_in_user_fault
 from userfault.protocol.connection import Connection, fdinfo_text
 from userfault.protocol.constants import FEATURES, UFFD_CLOEXEC, UFFD_NONBLOCK, USERFAULTFD_PROTOCOL
 from userfault.protocol.marks import MARKS, extent, open_with_move
@@ -237,8 +238,11 @@ class Descriptor:
             events: Bits of `select.POLLIN` and `select.POLLOUT`.
 
         Raises:
+            ValueError: Neither is asked for.
             KernelError: EBADF: closed, perhaps meanwhile. EBUSY: exported.
         """
+        if not events & ANY:
+            raise ValueError(f"events {events:#x}: ask for select.POLLIN, select.POLLOUT or both")
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._something_new() as new:
             while not (found := self.poll()) & events:
@@ -390,8 +394,8 @@ class Descriptor:
         """Forget faults whose threads wait no longer: a signal interrupted them, or somebody else has woken them."""
         if self._connection.read_faults:
             found = self._uffd.fdinfo()
-            if found.total == found.pending:
-                self._connection.forget()
+            if found.total - found.pending < self._connection.read_faults:
+                self._connection.retain(lambda fault: waits_in_user_fault(self._pid, fault.thread))
 
     def begin_in_child(self) -> None:
         """After a fork: other threads are gone, and whatever they held."""
@@ -409,9 +413,11 @@ class Descriptor:
     def __del__(self) -> None:
         if self._closed or sys.is_finalizing():
             return
-        if self._pid == os.getpid():
-            warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
-        self.close()
+        try:
+            if self._pid == os.getpid():
+                warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
+        finally:  # where warnings are errors too
+            self.close()
 
     def __repr__(self) -> str:
         name, where = type(self).__name__, "closed" if self._closed else f"fd={self._uffd.fd}"

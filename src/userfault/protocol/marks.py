@@ -186,6 +186,7 @@ class Marks:
         with self.lock:
             waiting = {holding.owner for _, _, holding in self._map.pieces(start, end) if holding and holding.owner}
             self._map.replace(start, end, None)
+            self._settle()
         for uffd in waiting:
             uffd.wake(start, end - start)
 
@@ -219,6 +220,13 @@ class Marks:
                 raise _explain(error, call, start, end) from error
             for first, stop, _, new in done:
                 self._map.replace(first, stop, new if new.marked or new.owner else None)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Leave nothing behind when nothing is marked any more."""
+        if self._guard is not None and not len(self._map):
+            self._guard.close()
+            self._guard = None
 
     def _tell(self, start: int, end: int, old: Holding, new: Holding) -> None:
         giver, taker = self._keeper(old), self._keeper(new)
@@ -374,9 +382,10 @@ def _nothing_there(start: int, end: int) -> tuple[int, str] | None:
 def within_task(start: int, end: int) -> bool:
     """Whether these can be addresses of a process at all: UFFDIO_WAKE looks at nothing else."""
     try:
-        MARKS.guard().wake(start, end - start)
-    except (KernelError, UnsupportedError):
-        return False
+        with Userfaultfd.open() as uffd:
+            uffd.wake(start, end - start)
+    except KernelError as error:
+        return error.errno != EINVAL
     return True
 
 

@@ -44,8 +44,8 @@ class Wake:
     end: int
 
     def encode(self) -> bytes:
-        """Return the 16 bytes to write."""
-        return RANGE.pack(self.start, self.end)
+        """Return the 16 bytes to write. ValueError if the start is no page's: its low bits would be a command."""
+        return _encode(self.start, self.end, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ class Register:
     end: int
 
     def encode(self) -> bytes:
-        """Return the 16 bytes to write."""
-        return RANGE.pack(self.start | USERFAULTFD_RANGE_REGISTER, self.end)
+        """Return the 16 bytes to write. ValueError as for `Wake`."""
+        return _encode(self.start, self.end, USERFAULTFD_RANGE_REGISTER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,8 @@ class Unregister:
     end: int
 
     def encode(self) -> bytes:
-        """Return the 16 bytes to write."""
-        return RANGE.pack(self.start | USERFAULTFD_RANGE_UNREGISTER, self.end)
+        """Return the 16 bytes to write. ValueError as for `Wake`."""
+        return _encode(self.start, self.end, USERFAULTFD_RANGE_UNREGISTER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,12 @@ _COMMANDS: dict[int, type[Range]] = {
     USERFAULTFD_RANGE_REGISTER: Register,
     USERFAULTFD_RANGE_UNREGISTER: Unregister,
 }
+
+
+def _encode(start: int, end: int, command: int) -> bytes:
+    if start & ~USERFAULTFD_RANGE_MASK:
+        raise ValueError(f"the start {start:#x} has command bits: mask a fault's address, address & -PAGE_SIZE")
+    return RANGE.pack(start | command, end)
 
 
 def parse_range(data: bytes, page_size: int = PAGE_SIZE) -> Range:

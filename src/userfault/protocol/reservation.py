@@ -236,8 +236,10 @@ class Reservation:
 
     def __del__(self) -> None:
         if not self.closed and self._pid == os.getpid() and not sys.is_finalizing():
-            warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
-            self.close()  # views keep their piece, and a piece keeps this: there are none
+            try:
+                warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
+            finally:  # where warnings are errors too
+                self.close()  # views keep their piece, and a piece keeps this: there are none
 
     def __repr__(self) -> str:
         return f"<Reservation [{self.address:#x}, {self.address + self.size:#x}) {len(self._pieces)} pieces>"

@@ -1,7 +1,8 @@
 """The states of a conversation and the transitions between them, as one table.
 
-The table is the law: `Connection` asks it, the manual's diagram is drawn from it, and a test walks it.  What is not in
-it is EINVAL.
+The table is the law: `Connection` asks it, the manual's diagram is drawn from it, and a test walks it.  A step that is
+not in it is EINVAL.  (What is written in ASK_PROTOCOL is a version, whatever it was meant to be.)  One thing stands
+outside: an exported descriptor that is handed to another program begins anew (`Connection.restart`).
 
 One line differs from the code that was posted: it had no answer to a write while a refusal was unread, and stopped the
 machine (`BUG_ON`).  Here that is EINVAL, as it was in the state beside it.
@@ -28,7 +29,7 @@ class State(IntEnum):
     ACK_UNKNOWN_PROTOCOL = 2
     """Another one was asked for; the refusal waits to be read."""
     RUNNING = 3
-    """Addresses are read, ranges are written. There is no way back."""
+    """Addresses are read, ranges are written. For one pager there is no way back."""
 
 
 class Step(Enum):
@@ -51,9 +52,6 @@ TRANSITIONS: Final[Mapping[tuple[State, Step], State]] = {
     (_S.RUNNING, Step.RANGE): _S.RUNNING,
 }
 """Every transition there is."""
-
-LEAST: Final[Mapping[State, int]] = {_S.ASK_PROTOCOL: 8, _S.RUNNING: 16}
-"""The states in which something may be written, and how many bytes that takes."""
 
 POLL: Final[Mapping[State, int]] = {
     _S.ASK_PROTOCOL: select.POLLOUT,
