@@ -61,7 +61,7 @@ class Control:
         self._made: deque[tuple[Message, Served | StoreError]] = deque()
         self._requests: dict[int, list[Request]] = {}
         self._outbox: deque[Message] = deque()
-        self.exports = Exports(self._tell_supervisor, self.progress)
+        self.exports = Exports(will["pid"], self._tell_supervisor, self.progress)
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
         self._progress = False

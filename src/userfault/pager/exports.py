@@ -1,17 +1,20 @@
 """The exported descriptors of a worker, and the one thread that serves them all.
 
 It waits in an edge-triggered epoll for their memories and their programs, and pumps whichever has news.  A region's
-faults never wait for it: the fault loop is another thread, and this one starts with the first export.
+faults never wait for it: the fault loop is another thread, and this one starts with the first export.  It follows the
+faulting thread to its core as that one does (`placement`): of the four wake-ups that a fault takes two are then cheap.
 """
 
 from __future__ import annotations
 
 import contextlib
 import select
+import time
 from threading import Thread
 
 from userfault.pager import failure, wire
 from userfault.pager.outlet import Outlet
+from userfault.pager.placement import Placement
 from userfault.pager.wire import Message
 
 TYPE_CHECKING = False
@@ -26,11 +29,13 @@ class Exports:
     """All of them. Its methods are called by the control thread.
 
     Args:
+        pid: The application.
         tell_supervisor: Sends a message to the supervisor.
         on_answer: Called after each answer, by any thread.
     """
 
-    def __init__(self, tell_supervisor: Callable[[Message], None], on_answer: Callable[[], None]) -> None:
+    def __init__(self, pid: int, tell_supervisor: Callable[[Message], None], on_answer: Callable[[], None]) -> None:
+        self._pid = pid
         self._tell_supervisor = tell_supervisor
         self._on_answer = on_answer
         self._outlets: dict[int, Outlet] = {}
@@ -92,15 +97,20 @@ class Exports:
         return self._epoll
 
     def _run(self, epoll: select.epoll) -> None:
+        placement = Placement(self._pid, may_yield=False)
+
+        def saw(thread: int) -> None:
+            placement.saw(thread, time.perf_counter_ns())
+
         while True:
             for fd, _ in epoll.poll():
                 outlet = self._by_fd.get(fd)
                 if outlet is not None:
-                    self._pump(outlet)
+                    self._pump(outlet, fd, saw)
 
-    def _pump(self, outlet: Outlet) -> None:
+    def _pump(self, outlet: Outlet, fd: int, saw: Callable[[int], None]) -> None:
         try:
-            outlet.pump()
+            outlet.pump(fd, saw)
         except Exception as error:  # noqa: BLE001  # the others must go on
             with contextlib.suppress(Exception):
                 failure.report(f"export {outlet.id}: {failure.plain(error)}")

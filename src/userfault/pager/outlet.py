@@ -37,6 +37,7 @@ import time
 from fcntl import ioctl
 from threading import RLock
 
+from userfault.errors import LocalProtocolError
 from userfault.kernel import abi, memfd
 from userfault.kernel.memory import PAGE_SIZE
 from userfault.kernel.userfaultfd import Userfaultfd
@@ -47,8 +48,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from userfault.protocol.connection import Connection
-    from userfault.protocol.messages import Range
+    from userfault.protocol.messages import Fault, Range
 
 SEND_BUFFER = 32 << 10
 """SO_SNDBUF of the program's end (the kernel doubles it): room for some forty writes that we have not taken yet."""
@@ -76,6 +76,10 @@ def _packet_cost() -> int:
         return _count(one, _TIOCOUTQ)
 
 
+def _nothing(thread: int) -> None:
+    pass
+
+
 class Outlet:
     """One exported descriptor. Methods may be called by any thread of the worker.
 
@@ -86,8 +90,7 @@ class Outlet:
     """
 
     def __init__(self, fds: tuple[int, ...], on_answer: Callable[[], None], *, again: bool = False) -> None:
-        from userfault.protocol.connection import Connection  # here, and not for workers that export nothing
-        from userfault.protocol.states import State
+        from userfault.protocol import connection, messages, states  # here, and not for workers that export nothing
 
         record, uffd, ours, theirs, memory = fds
         self.fds = fds
@@ -99,8 +102,9 @@ class Outlet:
         self.uffd = Userfaultfd(uffd)
         self.memory = os.open(f"/proc/self/fd/{memory}", os.O_RDWR | os.O_CLOEXEC)  # a file position of its own
         self.ours, self.theirs = socket.socket(fileno=ours), socket.socket(fileno=theirs)
-        state, version = State(self.words[book.W_STATE]), self.words[book.W_VERSION]
-        self.connection: Connection = Connection(state=state, version=version)
+        state, version = states.State(self.words[book.W_STATE]), self.words[book.W_VERSION]
+        self.connection = connection.Connection(state=state, version=version)
+        self._wake_command, self._running = messages.Wake, states.State.RUNNING
         self.on_answer = on_answer
         self.closed = False
         self._lock = RLock()
@@ -123,13 +127,20 @@ class Outlet:
 
     # -- what can be done to it ----------------------------------------------------------------------------------
 
-    def pump(self) -> None:
-        """Do whatever there is to do."""
+    def pump(self, fd: int = -1, saw: Callable[[int], None] = _nothing) -> None:
+        """Do whatever there is to do.
+
+        Args:
+            fd: Which of its descriptors has news: the other is not looked at. -1: either may have.
+            saw: Called with the thread of each fault.
+        """
         with self._lock:
             if self.closed:
                 return
-            self._hear_memory()
-            self._hear_pager()
+            if fd != self.ours.fileno():
+                self._hear_memory(saw)
+            if fd != self.uffd.fd:
+                self._hear_pager()
             self._tell()
             self._show_writable()
             self._publish()
@@ -156,16 +167,17 @@ class Outlet:
 
     # -- the memory ----------------------------------------------------------------------------------------------
 
-    def _hear_memory(self) -> None:
-        told = True
-        while data := self.uffd.read_raw(_MESSAGES):
-            told = False
+    def _hear_memory(self, saw: Callable[[int], None]) -> None:
+        full = True
+        while full:
+            data, told = self.uffd.read_raw(_MESSAGES), False
+            full = len(data) == _BATCH  # if not, the queue was empty just now, and what comes is another edge
             for event, _flags, address, thread in abi.UFFD_MSG_PAGEFAULT_STRUCT.iter_unpack(data):
                 if event == abi.UFFD_EVENT_PAGEFAULT:
+                    saw(thread)
                     told |= self.connection.fault(address, thread)
-            if not told and len(data) < _BATCH:  # a thread that cannot sleep, since a signal waits for it, keeps asking
+            if data and not told:  # a thread that cannot sleep, since a signal waits for it, asks again and again
                 time.sleep(_REST_S)
-                break
 
     def _allow(self, start: int, end: int) -> None:
         """Make visible what the program has put into the file; what is not there stays missing."""
@@ -234,26 +246,27 @@ class Outlet:
 
     def _take(self, data: bytes) -> None:
         """Do what the program has written; say in words what a write(2) would have said by an errno."""
-        from userfault.errors import LocalProtocolError
-        from userfault.protocol.messages import Wake, parse_range
-        from userfault.protocol.states import State
-
         self._count_reads()  # whatever it read before it wrote this
         try:
-            if self.connection.state is State.RUNNING and isinstance(command := parse_range(data), Wake):
+            command = self.connection.parse(data)
+            if isinstance(command, self._wake_command):
                 self._allow(command.start, command.end)
-            written = self.connection.write(data)
+            woken = self.connection.obey(command).woken
         except LocalProtocolError as error:
             self.record.refuse(str(error))
             return
         self._note_state()
-        for page in sorted({fault.page for fault in written.woken}):
+        if woken:
+            self._let_go(woken)
+        elif self.connection.state is self._running:
+            self._refuse_registration(command)  # type: ignore[arg-type]  # nothing else wakes nobody
+
+    def _let_go(self, woken: tuple[Fault, ...]) -> None:
+        self.words[book.W_ANSWERED] += len(woken)
+        self._publish()  # before: whom we wake may look
+        for page in sorted({fault.page for fault in woken}):
             self.uffd.wake(page, PAGE_SIZE)
-        if written.woken:
-            self.words[book.W_ANSWERED] += len(written.woken)
-            self.on_answer()
-        elif self.connection.state is State.RUNNING:
-            self._refuse_registration(written.command)  # type: ignore[arg-type]  # nothing else wakes nobody
+        self.on_answer()
 
     def _refuse_registration(self, command: Range) -> None:
         name = type(command).__name__.lower()
@@ -295,11 +308,9 @@ class Outlet:
 
     def _take_over(self) -> None:
         """Find out where the conversation stands that a dead worker led."""
-        from userfault.protocol.states import State
-
-        if self.connection.state is State.RUNNING:
+        if self.connection.state is self._running:
             self._take_back()
-        elif self.connection.state is not State.ASK_PROTOCOL:
+        elif self.connection.outgoing(0) is not None:
             unread = bool(_count(self.theirs, _FIONREAD))
             if self.words[book.W_SENT] and not unread:
                 self.connection.read(8)  # it has read the answer

@@ -63,20 +63,26 @@ def go_home() -> None:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-class Placement:
-    """Follows the faulting threads of one process. Made and used by the fault loop's thread; `watch` by another.
+def _may_go_back() -> bool:
+    """Whether this process may leave SCHED_IDLE again."""
+    return process.has_capability(CAP_SYS_NICE) or resource.getrlimit(resource.RLIMIT_NICE)[0] >= 20
 
-    `cpu` is the core that the loop is held on, -1 while it is free; `yielding` whether it runs under `SCHED_IDLE`.
+
+class Placement:
+    """Follows the faulting threads of one process. Made and used by the thread that it moves; `watch` by another.
+
+    `cpu` is the core that the loop is held on, -1 while it is free; `yielding` whether it runs under `SCHED_IDLE`: never
+    unless it `may_yield`, and somebody calls `watch`.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, *, may_yield: bool = True) -> None:
         self._pid = pid
         self._thread = threading.get_native_id()
         self._seen: dict[int, tuple[int, int]] = {}
         self._free_until = 0
         self._last = 0
         self._ran = -1
-        self._may_yield = process.has_capability(CAP_SYS_NICE) or resource.getrlimit(resource.RLIMIT_NICE)[0] >= 20
+        self._may_yield = may_yield and _may_go_back()
         self._penance = FIRST_PENANCE_NS
         self._yield_from = 0
         self._lock = threading.Lock()

@@ -86,13 +86,33 @@ class Connection:
             LocalProtocolError: EINVAL: too short, nothing may be written now, not aligned, both command bits. ERANGE:
                 an empty range. ENOENT: nobody waits there whose fault has been read.
         """
+        return self.obey(self.parse(data))
+
+    def parse(self, data: bytes) -> Command:
+        """The first half of `write`: tell which command it is. Nothing is changed.
+
+        Raises:
+            LocalProtocolError: EINVAL, ERANGE.
+        """
         if self.state is State.RUNNING:
-            return self._range(data)
+            return parse_range(data)
         if self.state is not State.ASK_PROTOCOL:
             raise self._refused("write", EINVAL, "the answer to what was written before has not been read")
         if len(data) < WORD.size:
             raise self._refused("write", EINVAL, f"{len(data)} bytes: a protocol version is a 64-bit word")
-        return self._ask(*WORD.unpack_from(data))
+        return Version(*WORD.unpack_from(data))
+
+    def obey(self, command: Command) -> Written:
+        """The second half: do what `parse` has told.
+
+        Raises:
+            LocalProtocolError: ENOENT.
+        """
+        if isinstance(command, Version):
+            return self._ask(command)
+        woken = self._take(command) if isinstance(command, Wake) else ()
+        self._step(Step.RANGE)
+        return Written(command, RANGE.size, woken)
 
     def read(self, length: int) -> bytes:
         """Give one answer or one fault: 8 bytes, however many are asked for.
@@ -171,16 +191,10 @@ class Connection:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _ask(self, version: int) -> Written:
-        self.version = version
-        self._step(Step.KNOWN if version in self.versions else Step.UNKNOWN)
-        return Written(Version(version), WORD.size)
-
-    def _range(self, data: bytes) -> Written:
-        command = parse_range(data)
-        woken = self._take(command) if isinstance(command, Wake) else ()
-        self._step(Step.RANGE)
-        return Written(command, RANGE.size, woken)
+    def _ask(self, version: Version) -> Written:
+        self.version = version.number
+        self._step(Step.KNOWN if version.number in self.versions else Step.UNKNOWN)
+        return Written(version, WORD.size)
 
     def _take(self, wake: Wake) -> tuple[Fault, ...]:
         """Take out the faults that a range write ends."""

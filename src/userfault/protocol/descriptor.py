@@ -394,8 +394,9 @@ class Descriptor:
         """Forget faults whose threads wait no longer: a signal interrupted them, or somebody else has woken them."""
         if self._connection.read_faults:
             found = self._uffd.fdinfo()
-            if found.total - found.pending < self._connection.read_faults:
-                self._connection.retain(lambda fault: waits_in_user_fault(self._pid, fault.thread))
+            waiting = found.total - found.pending
+            if waiting < self._connection.read_faults:  # whoever waits anew, unread, waits in a fault too
+                self._connection.retain(lambda fault: bool(waiting) and waits_in_user_fault(self._pid, fault.thread))
 
     def begin_in_child(self) -> None:
         """After a fork: other threads are gone, and whatever they held."""

@@ -217,6 +217,7 @@ class Marks:
             except KernelError as error:
                 for first, stop, old, new in reversed(done):
                     self._tell(first, stop, new, old)
+                self._settle()
                 raise _explain(error, call, start, end) from error
             for first, stop, _, new in done:
                 self._map.replace(first, stop, new if new.marked or new.owner else None)
@@ -236,11 +237,12 @@ class Marks:
             if taker is not None and old.minor != new.minor:
                 taker.register(start, end - start, new.mode)
         elif giver is None and taker is not None:
-            _keep_private(start, end)
+            taker.register(start, end - start, new.mode)  # first: of memory that is refused nothing may be changed
             try:
-                taker.register(start, end - start, new.mode)
+                _keep_private(start, end)
             except KernelError:
-                with contextlib.suppress(KernelError):  # it may not be mapped at all
+                taker.unregister(start, end - start)
+                with contextlib.suppress(KernelError):  # where there is a hole
                     _inherit(start, end)
                 raise
         elif giver is not None and taker is None:
@@ -335,6 +337,8 @@ def _explain(error: KernelError, call: str, start: int, end: int) -> KernelError
         detail = f"{where}: another userfaultfd has it"
     elif number == EINVAL:
         number, detail = _judge(start, end, where)
+        if call.startswith("madvise") and _nothing_there(start, end):
+            number = ENOMEM  # as madvise(2) says it of any advice
     elif number == ENOMEM and holes.is_mapped(start, end):
         return explain_limit(error, where)
     else:
