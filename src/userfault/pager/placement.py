@@ -71,8 +71,8 @@ def _may_go_back() -> bool:
 class Placement:
     """Follows the faulting threads of one process. Made and used by the thread that it moves; `watch` by another.
 
-    `cpu` is the core that the loop is held on, -1 while it is free; `yielding` whether it runs under `SCHED_IDLE`: never
-    unless it `may_yield`, and somebody calls `watch`.
+    `cpu` is the core that the loop is held on, -1 while it is free; `yielding` whether it runs under `SCHED_IDLE`:
+    never unless it `may_yield`, and somebody calls `watch`.
     """
 
     def __init__(self, pid: int, *, may_yield: bool = True) -> None:
