@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
+from tests.conformance.protocol_tools import Stage, Toucher
 
 from userfault.kernel import Userfaultfd, memfd, memory, process
 
@@ -264,3 +265,19 @@ def arena() -> Iterator[Arena]:
     finally:
         arena.close()
     assert before == (process.userfaultfds(), len(os.listdir("/proc/self/fd")))
+
+
+@pytest.fixture(scope="session")
+def toucher(tmp_path_factory: pytest.TempPathFactory) -> Toucher:
+    """Touches that may end in a signal, compiled once."""
+    return Toucher.compiled(tmp_path_factory.mktemp("touch"))
+
+
+@pytest.fixture
+def stage(toucher: Toucher) -> Iterator[Stage]:
+    """Descriptors of the 2014 protocol, marked memory and threads, cleared away when the test is over."""
+    stage = Stage(toucher)
+    try:
+        yield stage
+    finally:
+        stage.close()

@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import pytest
-
 from userfault import madvise, userfaultfd
 from userfault.errors import KernelError, LocalProtocolError
 from userfault.kernel import memfd, memory
@@ -40,7 +38,7 @@ from userfault.protocol import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 T = TypeVar("T")
 
@@ -48,6 +46,8 @@ TIMEOUT_S = 20.0
 """How long anything may take on a busy machine before it counts as hanging."""
 BUS_ADRERR, BUS_MCEERR_AR = 2, 4
 SEGV_MAPERR, SEGV_ACCERR = 1, 2
+_mlock2 = ctypes.CDLL(None).mlock2
+_mlock2.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
 SOURCE = Path(__file__).with_name("touch.c")
 
 
@@ -96,6 +96,7 @@ class Tally:
         zeros: Found zero.
         others: Found another byte.
         sigbus: Ended in SIGBUS.
+        poisoned: Of these, with the code of a poisoned page: a range was just changing hands.
         sigsegv: Ended in SIGSEGV.
         latest: Where the latest wrong byte stood.
     """
@@ -105,6 +106,7 @@ class Tally:
     zeros: int
     others: int
     sigbus: int
+    poisoned: int
     sigsegv: int
     latest: int
 
@@ -126,19 +128,18 @@ class Background(Generic[T]):
     """A call in a thread of its own, which may wait for long."""
 
     def __init__(self, function: Callable[..., T], *args: Any) -> None:
-        self._function, self._args = function, args
         self._answer: list[T] = []
         self._error: BaseException | None = None
         self._begun = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(function, args), daemon=True)
         self._thread.start()
         assert self._begun.wait(TIMEOUT_S)
 
-    def _run(self) -> None:
+    def _run(self, function: Callable[..., T], args: Sequence[Any]) -> None:
         self.thread_id = threading.get_native_id()
         self._begun.set()
         try:
-            self._answer.append(self._function(*self._args))
+            self._answer.append(function(*args))
         except BaseException as error:  # noqa: BLE001  # it is raised where the result is asked for
             self._error = error
 
@@ -146,6 +147,12 @@ class Background(Generic[T]):
     def waiting(self) -> bool:
         """Whether the call has not come back."""
         return self._thread.is_alive()
+
+    @property
+    def ident(self) -> int:
+        """What `signal.pthread_kill` calls it."""
+        assert self._thread.ident is not None
+        return self._thread.ident
 
     def ended(self) -> bool:
         """Wait until the call has come back, whatever it brings."""
@@ -178,6 +185,9 @@ class Often(Background[Tally]):
         self._stop.value = 1
 
 
+B = TypeVar("B", bound=Background[Any])
+
+
 class Toucher:
     """Touches memory, with the GIL released; SIGBUS and SIGSEGV become results. Any thread.
 
@@ -186,6 +196,7 @@ class Toucher:
     """
 
     def __init__(self, library: Path) -> None:
+        self.library = str(library)
         self._library = ctypes.CDLL(str(library))
         self._library.try_read.argtypes = (ctypes.c_uint64, ctypes.POINTER(_Touched))
         self._library.try_write.argtypes = (ctypes.c_uint64, ctypes.c_uint8, ctypes.POINTER(_Touched))
@@ -232,6 +243,17 @@ class Toucher:
         return Tally(*(getattr(args[-1], name) for name in Tally.__dataclass_fields__))
 
 
+@contextlib.contextmanager
+def handling(number: int, handler: Callable[..., object]) -> Iterator[None]:
+    """Handle a signal for a while; a timer that sends it ends with that."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(number, before)
+
+
 # -- the stage -------------------------------------------------------------------------------------------------
 
 
@@ -245,16 +267,21 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 def protocol_errno(call: Callable[..., object], *args: object) -> int:
     """Return the errno with which a call is refused as a breach of the protocol."""
-    with pytest.raises(LocalProtocolError) as caught:
-        call(*args)
-    return caught.value.errno or 0
+    return _errno(LocalProtocolError, call, args)
 
 
 def kernel_errno(call: Callable[..., object], *args: object) -> int:
     """Return the errno with which a call fails as one of the kernel's would."""
-    with pytest.raises(KernelError) as caught:
-        call(*args)
-    return caught.value.errno or 0
+    return _errno(KernelError, call, args)
+
+
+def _errno(kind: type[LocalProtocolError | KernelError], call: Callable[..., object], args: Sequence[object]) -> int:
+    # Not `pytest.raises`: what it keeps of the call would keep buffers from being closed.
+    try:
+        returned = call(*args)
+    except kind as error:
+        return error.errno or 0
+    raise AssertionError(f"{call} returned {returned}")
 
 
 def page_of(byte: int) -> bytes:
@@ -337,19 +364,32 @@ class Stage:
 
     def shared(self, pages: int) -> int:
         """Map a memory file."""
+        return self.shared_twice(pages)[0]
+
+    def shared_twice(self, pages: int) -> tuple[int, int]:
+        """Map a memory file at two places."""
         fd = memfd.create("stage", pages * PAGE_SIZE)
         self._closed_at_end.callback(os.close, fd)
-        address = memory.map_memory(pages * PAGE_SIZE, fd=fd)
-        self.adopt(address, pages)
-        return address
+        one, other = (memory.map_memory(pages * PAGE_SIZE, fd=fd) for _ in range(2))
+        self.adopt(one, pages)
+        self.adopt(other, pages)
+        return one, other
 
     def marked(self, pages: int, descriptor: Descriptor | None = None, *, shared: bool = False) -> int:
         """Map memory that is marked, and registered if there is a descriptor."""
         address = self.shared(pages) if shared else self.anonymous(pages)
         if descriptor is not None:
             descriptor.register((address, pages * PAGE_SIZE))
-        madvise((address, pages * PAGE_SIZE), MADV_USERFAULT)
+        self.mark(address, pages)
         return address
+
+    def mark(self, address: int, pages: int = 1) -> None:
+        """Mark pages."""
+        madvise((address, pages * PAGE_SIZE), MADV_USERFAULT)
+
+    def unmark(self, address: int, pages: int = 1) -> None:
+        """Take the mark away."""
+        madvise((address, pages * PAGE_SIZE), MADV_NOUSERFAULT)
 
     def filled(self, *bytes_of_pages: int) -> int:
         """Map private memory, and fill its pages."""
@@ -366,6 +406,10 @@ class Stage:
         """Leave a mapping to the test, which has unmapped it."""
         self._mappings = [mapping for mapping in self._mappings if mapping[0] != address]
 
+    def lock(self, address: int, pages: int = 1) -> None:
+        """Lock pages in memory, those that will be there too (MLOCK_ONFAULT)."""
+        assert _mlock2(address, pages * PAGE_SIZE, 1) == 0
+
     def there(self, address: int, pages: int = 1) -> list[bool]:
         """Tell which pages are there."""
         return [bool(byte & 1) for byte in memory.mincore(address, pages * PAGE_SIZE)]
@@ -374,6 +418,15 @@ class Stage:
         """Look at memory that is there."""
         with memory.view(address, length, readonly=True) as view:
             return bytes(view)
+
+    # -- others ------------------------------------------------------------------------------------------------
+
+    def pipe(self) -> tuple[int, int]:
+        """Make a pipe: where to read, and where to write. (A write that waits in a fault has it locked.)"""
+        ends = os.pipe()
+        for end in ends:
+            self._closed_at_end.callback(os.close, end)
+        return ends
 
     # -- threads -----------------------------------------------------------------------------------------------
 
@@ -398,7 +451,7 @@ class Stage:
         """Call something in a thread."""
         return self.background(Background(function, *args))
 
-    def background(self, thread: Background[T]) -> Background[T]:
+    def background(self, thread: B) -> B:
         """Wait for it at the end."""
         if len(self._threads) > 1000:
             self._threads = [other for other in self._threads if other.waiting]

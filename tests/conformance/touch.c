@@ -26,6 +26,7 @@ struct tally {
 	uint64_t zeros;
 	uint64_t others;
 	uint64_t sigbus;
+	uint64_t poisoned; /* of these, with the code of a poisoned page: a range was just changing hands */
 	uint64_t sigsegv;
 	uint64_t latest; /* where the latest byte that was neither right nor refused stood */
 };
@@ -121,9 +122,10 @@ int try_write(uint64_t address, uint8_t byte, struct touched *result)
 static void count(struct tally *tally, struct touched touched, uint8_t right, uint64_t address)
 {
 	tally->touches++;
-	if (touched.signal == SIGBUS)
+	if (touched.signal == SIGBUS) {
 		tally->sigbus++;
-	else if (touched.signal)
+		tally->poisoned += touched.code == BUS_MCEERR_AR;
+	} else if (touched.signal)
 		tally->sigsegv++;
 	else if (touched.byte == right)
 		tally->right++;

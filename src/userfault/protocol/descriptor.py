@@ -95,6 +95,8 @@ class Descriptor:
         self._uffd = open_with_move(FEATURES, nonblock=nonblock, user_mode_only=user_mode_only)
         os.set_inheritable(self._uffd.fd, not flags & UFFD_CLOEXEC)
         self._lock = RLock()  # a finalizer may run while this thread holds it
+        self._placing = RLock()
+        """Held while a page is placed, and while a range leaves: a page placed in between would be cured away."""
         self._bells: set[int] = set()
         """Event descriptors of threads in `wait`: what happens here, and not in the kernel, is told to them."""
         self._given = ""
@@ -210,7 +212,8 @@ class Descriptor:
             if isinstance(command, Register):
                 MARKS.attach(command.start, command.end, self._uffd, None)
             elif isinstance(command, Unregister):
-                MARKS.detach(command.start, command.end, self._uffd)
+                with self._placing:
+                    MARKS.detach(command.start, command.end, self._uffd)
             else:
                 for page in sorted({fault.page for fault in written.woken}):
                     self._uffd.wake(page, PAGE_SIZE)
@@ -322,7 +325,8 @@ class Descriptor:
         with self._lock:
             self._check_open("unregister")
             self._check_own("unregister")
-            MARKS.detach(start, end, self._uffd)
+            with self._placing:
+                MARKS.detach(start, end, self._uffd)
 
     def place(self, address: int, data: Buffer) -> int:
         """Put pages where some are missing, by copying; wake nobody, the range write does.
@@ -338,6 +342,10 @@ class Descriptor:
             KernelError: EEXIST: a page is there. EINVAL: not whole pages. ENOENT: not a range of this descriptor.
         """
         source, length = memory.address_of(data), memoryview(data).nbytes
+        with self._placing:
+            return self._place(address, source, length)
+
+    def _place(self, address: int, source: int, length: int) -> int:
         self._check_open("place")
         if os.getpid() == self._pid and set(MARKS.keepers(address, address + max(length, 1))) != {self._uffd}:
             raise KernelError(ENOENT, "place(userfaultfd)", f"{_span(address, length)} is not this descriptor's")
@@ -362,7 +370,8 @@ class Descriptor:
             if self._closed:
                 return
             if self._pid == os.getpid():
-                MARKS.release(self._uffd)
+                with self._placing:
+                    MARKS.release(self._uffd)
             self._closed = True
             self._uffd.close()
             self._ring()
@@ -396,11 +405,11 @@ class Descriptor:
             found = self._uffd.fdinfo()
             waiting = found.total - found.pending
             if waiting < self._connection.read_faults:  # whoever waits anew, unread, waits in a fault too
-                self._connection.retain(lambda fault: bool(waiting) and waits_in_user_fault(self._pid, fault.thread))
+                self._connection.retain(lambda fault: bool(waiting) and _waits(fault.thread))
 
     def begin_in_child(self) -> None:
         """After a fork: other threads are gone, and whatever they held."""
-        self._lock = RLock()
+        self._lock, self._placing = RLock(), RLock()
         self._bells = set()
 
     def __enter__(self) -> Self:
@@ -435,6 +444,11 @@ def _bytes_of(data: Buffer) -> bytes:
         return bytes(data[: RANGE.size])
     view = memoryview(data)
     return memory.fetch(memory.address_of(view), min(view.nbytes, RANGE.size))
+
+
+def _waits(thread: int) -> bool:
+    """Whether a thread waits in a fault, whosever it is: another process may have read this one's memory."""
+    return waits_in_user_fault(thread, thread)
 
 
 def _span(address: int, length: int) -> str:

@@ -78,6 +78,11 @@ class Holding:
         return _MISSING | (_MINOR if self.minor else 0)
 
 
+def _alike(one: Holding, other: Holding) -> bool:
+    same = one.owner is other.owner and one.memory is other.memory
+    return same and one.marked == other.marked and one.minor == other.minor
+
+
 def _held(holding: Holding, kept: object) -> Holding:
     """Note what keeps a range mapped, unless something does already."""
     return holding if holding.memory is not None else replace(holding, memory=kept)
@@ -113,7 +118,7 @@ class Marks:
     def __init__(self) -> None:
         self.lock = RLock()
         """Held while ranges change keepers. A finalizer may run while this thread holds it."""
-        self._map: RangeMap[Holding] = RangeMap()
+        self._map = RangeMap(_alike)
         self._guard: Userfaultfd | None = None
         self._inherited: RangeMap[Holding] | None = None
         """The table of the process that this one was forked from."""
@@ -278,7 +283,7 @@ class Marks:
                 with contextlib.suppress(KernelError):  # taken within microseconds of the fork
                     memory.map_memory(end - start, prot=memory.PROT_NONE, flags=flags, address=start)
         self._inherited = self._map  # its buffers are held: their end here must not unmap what is not ours
-        self._map = RangeMap()
+        self._map = RangeMap(_alike)
         guard, self._guard = self._guard, None
         if guard is not None:
             guard.close()

@@ -76,6 +76,7 @@ class Piece:
 
         Raises:
             BufferError: A view of it is alive; nothing is changed.
+            KernelError: ENOMEM: `vm.max_map_count` is reached, and a mapping would have to be cut; nothing is changed.
         """
         self._reservation.take_back(self)
 
@@ -182,15 +183,24 @@ class Reservation:
             MARKS.mark(at, at + size, None)
             memory.protect(at, size, _ACCESS)
         except BaseException as error:
-            self._withdraw(at, size)
+            self._undo(at, size)
             if isinstance(error, KernelError) and error.errno == ENOMEM:
                 raise explain_limit(error, f"{len(self._pieces)} pieces are given out") from error
             raise
 
+    def _undo(self, at: int, size: int) -> None:
+        """Make addresses again of what has not become a piece."""
+        try:
+            self._withdraw(at, size)
+        except KernelError:  # no mapping is left to cut the reservation with; then nothing is accessible yet
+            MARKS.unmark(at, at + size)
+            MARKS.forget(at, at + size)
+
     def _withdraw(self, at: int, size: int) -> None:
         """Make addresses of a piece again: inaccessible in one step, with whatever was there."""
-        memory.map_memory(size, prot=PROT_NONE, flags=_NOWHERE | abi.MAP_FIXED, address=at)
-        MARKS.forget(at, at + size)
+        with MARKS.lock:  # or who closes the descriptor meanwhile would give the guard what is no piece any more
+            memory.map_memory(size, prot=PROT_NONE, flags=_NOWHERE | abi.MAP_FIXED, address=at)
+            MARKS.forget(at, at + size)
 
     def take_back(self, piece: Piece) -> None:
         """Close a piece: what `Piece.close` does."""
@@ -200,9 +210,13 @@ class Reservation:
             if piece.exported:
                 raise BufferError(f"a view of {piece!r} is alive: release it first")
             piece.closed = True
+            try:
+                if self._pid == os.getpid():
+                    self._withdraw(piece.address, piece.size)
+            except KernelError as error:
+                piece.closed = False
+                raise explain_limit(error, f"{len(self._pieces)} pieces are given out") from error
             del self._pieces[piece.address]
-            if self._pid == os.getpid():
-                self._withdraw(piece.address, piece.size)
 
     def close(self) -> None:
         """Give all of it back. Closing twice is fine; in a forked child it does nothing.
@@ -216,11 +230,14 @@ class Reservation:
             alive = [piece for piece in self._pieces.values() if piece.exported]
             if alive:
                 raise BufferError(f"views of {len(alive)} pieces are alive, one of {alive[0]!r}: release them first")
-            for piece in self.pieces:
-                self.take_back(piece)
+            for piece in self._pieces.values():
+                piece.closed = True
+            self._pieces.clear()
             self.closed = True
             if self._pid == os.getpid():
-                memory.unmap(self.address, self.size)
+                with MARKS.lock:  # nobody marks what is mapped there next before this is forgotten
+                    memory.unmap(self.address, self.size)
+                    MARKS.forget(self.address, self.address + self.size)
 
     def _check_open(self) -> None:
         if self.closed or self._pid != os.getpid():
