@@ -6,7 +6,8 @@ The proposal of July 2014, its second version of October, and what the review as
 * `states`, `messages`, `connection`: the conversation as a table and a machine, without any system call.
 * `descriptor`: `Descriptor`, the machine over a kernel userfaultfd. (`userfault.UserfaultFD` adds `export` to it.)
 * `advice`: `madvise`. `remap`: `remap_anon_pages`. `reservation`: `Reservation`.
-* `marks`, `ranges`, `holes`: which memory is marked, and how it changes hands without a zero in between.
+* `marks`, `ranges`, `holes`, `verdicts`: which memory is marked, how it changes hands without a zero in between, and
+  why a range is refused. `waiting`: for a fault, in both modes.
 
 The constants are here under the names of the mails.
 """

@@ -25,14 +25,13 @@ Some facts about userfaultfd, and what follows
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import sys
 import time
 import warnings
 import weakref
-from errno import EAGAIN, EBADF, EBUSY, EINVAL, ENOENT, EOPNOTSUPP, EPERM
+from errno import EAGAIN, EBADF, EBUSY, EINVAL, ENOENT, EPERM
 from threading import RLock
 from typing import TYPE_CHECKING
 
@@ -45,9 +44,10 @@ from userfault.protocol.constants import FEATURES, UFFD_CLOEXEC, UFFD_NONBLOCK, 
 from userfault.protocol.marks import MARKS, extent, open_with_move
 from userfault.protocol.messages import RANGE, Register, Unregister, Version
 from userfault.protocol.states import State, poll_bits
+from userfault.protocol.waiting import Bells, take_message
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from types import TracebackType
     from typing import Self
 
@@ -97,8 +97,7 @@ class Descriptor:
         self._lock = RLock()  # a finalizer may run while this thread holds it
         self._placing = RLock()
         """Held while a page is placed, and while a range leaves: a page placed in between would be cured away."""
-        self._bells: set[int] = set()
-        """Event descriptors of threads in `wait`: what happens here, and not in the kernel, is told to them."""
+        self._bells = Bells()
         self._given = ""
         """Why reading and writing are somebody else's now."""
         self._pid = os.getpid()
@@ -165,28 +164,11 @@ class Descriptor:
         try:
             data = self._connection.read(length)
         except BlockingIOError:
-            _code, _flags, address, thread = _message(self._next_message())
+            _code, _flags, address, thread = _message(take_message(self._uffd))
             self._connection.fault(address, thread)
             data = self._connection.read(length)
-        self._ring()
+        self._bells.ring()
         return data
-
-    def _next_message(self) -> bytes:
-        """Take one message from the kernel's queue.
-
-        Raises:
-            BlockingIOError: There is none.
-        """
-        message = bytearray(abi.UFFD_MSG_SIZE)
-        try:
-            os.preadv(self._uffd.fd, [message], -1, os.RWF_NOWAIT)
-        except OSError as error:
-            if error.errno != EOPNOTSUPP:
-                raise
-            if not self._uffd.fdinfo().pending:
-                raise BlockingIOError(EAGAIN, "read(userfaultfd): no fault is unread") from None
-            os.readv(self._uffd.fd, [message])  # before 6.10: may wait if the thread is interrupted just now
-        return bytes(message)
 
     def write(self, data: Buffer) -> int:
         """Take a version (8 bytes), or, once running, a range (16 bytes: start and end).
@@ -217,7 +199,7 @@ class Descriptor:
             else:
                 for page in sorted({fault.page for fault in written.woken}):
                     self._uffd.wake(page, PAGE_SIZE)
-            self._ring()
+            self._bells.ring()
         return written.length
 
     def poll(self) -> int:
@@ -247,7 +229,7 @@ class Descriptor:
         if not events & ANY:
             raise ValueError(f"events {events:#x}: ask for select.POLLIN, select.POLLOUT or both")
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._something_new() as new:
+        with self._bells.something_new(self._watched) as new:
             while not (found := self.poll()) & events:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
@@ -255,26 +237,10 @@ class Descriptor:
                 new.poll(left)
         return found
 
-    @contextlib.contextmanager
-    def _something_new(self) -> Iterator[select.epoll]:
-        """Give an epoll that wakes when a fault arrives (in both modes: see the module), or something happens here."""
-        bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        try:
-            with select.epoll() as epoll:
-                epoll.register(bell, select.EPOLLIN | select.EPOLLET)
-                with self._lock:
-                    self._check_open("wait")
-                    epoll.register(self._uffd.fd, select.EPOLLIN | select.EPOLLET)
-                    self._bells.add(bell)
-                yield epoll
-        finally:
-            self._bells.discard(bell)
-            os.close(bell)
-
-    def _ring(self) -> None:
-        for bell in tuple(self._bells):
-            with contextlib.suppress(OSError):  # its thread is just leaving
-                os.eventfd_write(bell, 1)
+    def _watched(self) -> int:
+        with self._lock:
+            self._check_open("wait")
+            return self._uffd.fd
 
     def fdinfo(self) -> str:
         """Return the lines that /proc would show: faults not read, threads waiting, protocols known."""
@@ -374,7 +340,7 @@ class Descriptor:
                     MARKS.release(self._uffd)
             self._closed = True
             self._uffd.close()
-            self._ring()
+            self._bells.ring()
             _alive.discard(self)
 
     def hand_on(self, why: str) -> None:
@@ -386,7 +352,7 @@ class Descriptor:
         with self._lock:
             self._check_open("export")
             self._given = why
-            self._ring()
+            self._bells.ring()
 
     def _check_open(self, call: str) -> None:
         if self._closed:
@@ -410,7 +376,7 @@ class Descriptor:
     def begin_in_child(self) -> None:
         """After a fork: other threads are gone, and whatever they held."""
         self._lock, self._placing = RLock(), RLock()
-        self._bells = set()
+        self._bells = Bells()
 
     def __enter__(self) -> Self:
         return self

@@ -35,12 +35,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from userfault.errors import KernelError, UnsupportedError
 from userfault.kernel import abi, memory
-from userfault.kernel.maps import read_maps
 from userfault.kernel.memory import PAGE_SIZE
 from userfault.kernel.userfaultfd import Userfaultfd
 from userfault.protocol import holes
 from userfault.protocol.constants import GUARD_FEATURES
 from userfault.protocol.ranges import RangeMap
+from userfault.protocol.verdicts import check_there, explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 _MISSING, _MINOR = abi.UFFDIO_REGISTER_MODE_MISSING, abi.UFFDIO_REGISTER_MODE_MINOR
 _REGISTER, _UNREGISTER = "ioctl(UFFDIO_REGISTER)", "ioctl(UFFDIO_UNREGISTER)"
 _TOP = 1 << 64
-_SYSCTL = "vm.max_map_count may be reached: each separate piece costs two mappings; use adjacent pieces, or raise it"
 
 
 # Compared by identity: to compare what is in `memory` would touch it.
@@ -146,7 +145,7 @@ class Marks:
             KernelError: EBUSY: another descriptor has part of it. EINVAL, ENOMEM: not such memory, or none.
         """
         with self.lock:
-            _check_there(start, end, _REGISTER)
+            check_there(start, end, _REGISTER)
             self._check_owner(start, end, uffd)
             self._change(start, end, lambda old: _held(replace(old, owner=uffd), kept), _REGISTER)
 
@@ -157,7 +156,7 @@ class Marks:
             KernelError: EBUSY: another one has part of it. EINVAL, ENOMEM: no memory is there.
         """
         with self.lock:
-            _check_there(start, end, _UNREGISTER)
+            check_there(start, end, _UNREGISTER)
             self._check_owner(start, end, uffd)
             self._change(start, end, lambda old: replace(old, owner=None), _UNREGISTER)
 
@@ -223,7 +222,7 @@ class Marks:
                 for first, stop, old, new in reversed(done):
                     self._tell(first, stop, new, old)
                 self._settle()
-                raise _explain(error, call, start, end) from error
+                raise explain(error, call, start, end) from error
             for first, stop, _, new in done:
                 self._map.replace(first, stop, new if new.marked or new.owner else None)
             self._settle()
@@ -333,69 +332,6 @@ def _keep_private(start: int, end: int) -> None:
 def _inherit(start: int, end: int) -> None:
     for advice in (abi.MADV_DOFORK, abi.MADV_DODUMP):
         memory.advise(start, end - start, advice)
-
-
-def _explain(error: KernelError, call: str, start: int, end: int) -> KernelError:
-    """Turn what the kernel of today says of a range into what the proposal's did."""
-    number, where = error.errno or EINVAL, f"[{start:#x}, {end:#x})"
-    if number == EBUSY:
-        detail = f"{where}: another userfaultfd has it"
-    elif number == EINVAL:
-        number, detail = _judge(start, end, where)
-        if call.startswith("madvise") and _nothing_there(start, end):
-            number = ENOMEM  # as madvise(2) says it of any advice
-    elif number == ENOMEM and holes.is_mapped(start, end):
-        return explain_limit(error, where)
-    else:
-        detail = f"{where}: {error}"
-    return KernelError(number, call, detail)
-
-
-def explain_limit(error: KernelError, what: str) -> KernelError:
-    """Say what ENOMEM means when it is about mappings."""
-    return KernelError(ENOMEM, error.syscall, f"{what}; {_SYSCTL}")
-
-
-def _judge(start: int, end: int, where: str) -> tuple[int, str]:
-    """Say what is wrong with a range that the kernel calls invalid, as the proposal's code would have."""
-    missing = _nothing_there(start, end)
-    if missing:
-        return missing[0], f"{where}: {missing[1]}"
-    return EINVAL, f"{where}: it takes anonymous memory, or a shared mapping of a memory file (memfd, tmpfs, hugetlbfs)"
-
-
-def _check_there(start: int, end: int, call: str) -> None:
-    """Refuse a range without any memory; the kernel of today is not asked when the range is not marked.
-
-    Holes between mappings are accepted, as they were in the proposal.
-    """
-    with contextlib.suppress(KernelError):
-        memory.mincore(start, PAGE_SIZE)  # most have a beginning, and to read all mappings takes long
-        if within_task(start, end):
-            return
-    missing = _nothing_there(start, end)
-    if missing:
-        raise KernelError(missing[0], call, f"[{start:#x}, {end:#x}): {missing[1]}")
-
-
-def _nothing_there(start: int, end: int) -> tuple[int, str] | None:
-    """Return error number and reason if no memory of this process lies in a range."""
-    following = [entry for entry in read_maps() if entry.end > start]
-    if not following or not within_task(start, end):
-        return ENOMEM, "beyond all memory of this process"
-    if following[0].start >= end:
-        return EINVAL, "nothing is mapped there"
-    return None
-
-
-def within_task(start: int, end: int) -> bool:
-    """Whether these can be addresses of a process at all: UFFDIO_WAKE looks at nothing else."""
-    try:
-        with Userfaultfd.open() as uffd:
-            uffd.wake(start, end - start)
-    except KernelError as error:
-        return error.errno != EINVAL
-    return True
 
 
 MARKS = Marks()

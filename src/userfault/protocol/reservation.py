@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 from userfault.errors import KernelError
 from userfault.kernel import abi, memory
 from userfault.kernel.memory import PAGE_SIZE, PROT_NONE, PROT_READ, PROT_WRITE
-from userfault.protocol.marks import MARKS, explain_limit
+from userfault.protocol.marks import MARKS
+from userfault.protocol.verdicts import explain_limit
 
 if TYPE_CHECKING:
     from types import TracebackType

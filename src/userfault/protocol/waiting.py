@@ -1,0 +1,74 @@
+"""Taking a message without waiting, and waiting for one, whether or not the descriptor blocks.
+
+For a blocking descriptor poll(2) says POLLERR, always.  An edge-triggered epoll reports even so that something has
+happened; and a read can be told not to wait (RWF_NOWAIT, which userfaultfd knows since Linux 6.10).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from errno import EAGAIN, EOPNOTSUPP
+from typing import TYPE_CHECKING
+
+from userfault.kernel import abi
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from userfault.kernel.userfaultfd import Userfaultfd
+
+
+def take_message(uffd: Userfaultfd) -> bytes:
+    """Take one message from the kernel's queue.
+
+    Raises:
+        BlockingIOError: There is none.
+    """
+    message = bytearray(abi.UFFD_MSG_SIZE)
+    try:
+        os.preadv(uffd.fd, [message], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno != EOPNOTSUPP:
+            raise
+        if not uffd.fdinfo().pending:
+            raise BlockingIOError(EAGAIN, "read(userfaultfd): no fault is unread") from None
+        os.readv(uffd.fd, [message])  # before 6.10: may wait if the thread is interrupted just now
+    return bytes(message)
+
+
+class Bells:
+    """Threads that wait for a descriptor, to be told what happens to it here and not in the kernel. Any thread."""
+
+    __slots__ = ("_bells",)
+
+    def __init__(self) -> None:
+        self._bells: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._bells)
+
+    def ring(self) -> None:
+        """Have them look again."""
+        for bell in tuple(self._bells):
+            with contextlib.suppress(OSError):  # its thread is just leaving
+                os.eventfd_write(bell, 1)
+
+    @contextlib.contextmanager
+    def something_new(self, watched: Callable[[], int]) -> Iterator[select.epoll]:
+        """Give an epoll that wakes when a fault arrives, or somebody rings.
+
+        Args:
+            watched: Tells the descriptor of the faults, or raises; called when a ring is heard already.
+        """
+        bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._bells.add(bell)
+        try:
+            with select.epoll() as epoll:
+                epoll.register(bell, select.EPOLLIN | select.EPOLLET)
+                epoll.register(watched(), select.EPOLLIN | select.EPOLLET)
+                yield epoll
+        finally:
+            self._bells.discard(bell)
+            os.close(bell)
