@@ -12,12 +12,12 @@ import socket
 import sys
 import warnings
 import weakref
-from errno import EINVAL
+from errno import EINVAL, EMFILE, ENFILE
 from itertools import pairwise
 from threading import RLock
 from typing import TYPE_CHECKING
 
-from userfault.errors import Error, KernelError
+from userfault.errors import Error, KernelError, StoreError
 from userfault.kernel.maps import read_maps
 from userfault.pager import wire
 from userfault.pager.client import Pager, default_pager
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _CALL = "export(userfaultfd)"
 _MARKED = "mark it first: userfault.madvise(memory, userfault.protocol.MADV_USERFAULT)"
 _MEMFD = "it takes one shared mapping of a memfd, mapped readable and writable"
+_TOO_MANY = "it takes some 6 descriptors here, and as many in the pager; close some, or raise the limit (ulimit -n)"
 _REMEDY = "pass the descriptor that was mapped: export(memory_fd=...)"
 
 
@@ -63,17 +64,22 @@ class UserfaultFD(Descriptor):
 
         Raises:
             KernelError: EINVAL: not just one range is registered, it is not marked, or is not a shared mapping of a
-                memfd. EBADF: closed. EBUSY: exported before.
+                memfd. EBADF: closed. EBUSY: exported before. EMFILE: this process or the pager has no descriptors left.
             UnsupportedError, PagerLostError: As `Pager`.
         """
         start, end, entry = self._exportable()
-        memory = _open_memory(memory_fd, entry)
         try:
-            offset = entry.offset + start - entry.start
-            exported = Exported(self, pager or default_pager(), (start, end), memory, offset)
-        except BaseException:
-            os.close(memory)
-            raise
+            memory = _open_memory(memory_fd, entry)
+            try:
+                offset = entry.offset + start - entry.start
+                exported = Exported(self, pager or default_pager(), (start, end), memory, offset)
+            except BaseException:
+                os.close(memory)
+                raise
+        except OSError as error:
+            if isinstance(error, KernelError) or error.errno not in (EMFILE, ENFILE):
+                raise
+            raise KernelError(error.errno, _CALL, _TOO_MANY) from error
         self._export = weakref.ref(exported)
         return exported
 
@@ -155,20 +161,35 @@ class Exported:
 
     def _begin(self) -> None:
         record, self._record = Record.create(self._id, self.address, self.size, self.offset)
-        theirs, self._socket = wire.pair()
         try:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-            kernel = self._owner.kernel
-            MARKS.make_minor(self.address, self.address + self.size, kernel)
-            fds = (record, kernel.fd, theirs.fileno(), self._socket.fileno(), self.memory_fd)
-            self._link.request(Message(wire.EXPORT, region=self._id, fds=fds))
-        except BaseException:
-            self._socket.close()
-            raise
+            theirs, self._socket = wire.pair()
+            with theirs:
+                try:
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+                    fds = (record, self._owner.kernel.fd, theirs.fileno(), self._socket.fileno(), self.memory_fd)
+                    self._have_it_served(fds)
+                except BaseException:
+                    self._socket.close()
+                    raise
         finally:
-            theirs.close()
             os.close(record)
-        self._owner.hand_on("it was exported: read and write its exported descriptor")
+
+    def _have_it_served(self, fds: tuple[int, ...]) -> None:
+        """Pass it to the worker, and take it from its owner; if either fails, nothing is changed."""
+        kernel = self._owner.kernel
+        blocking = os.get_blocking(kernel.fd)
+        try:
+            self._link.request(Message(wire.EXPORT, region=self._id, fds=fds))
+            MARKS.make_minor(self.address, self.address + self.size, kernel)
+            self._owner.hand_on("it was exported: read and write its exported descriptor")
+        except BaseException as error:
+            with contextlib.suppress(Error):
+                self._link.request(Message(wire.CLOSE, region=self._id))
+            os.set_blocking(kernel.fd, blocking)
+            kernel.wake(self.address, self.size)  # whoever the worker has heard of asks again
+            if isinstance(error, StoreError):
+                raise KernelError(EMFILE, _CALL, f"{_TOO_MANY} ({error.cause})") from error
+            raise
 
     @property
     def pager(self) -> Pager:
@@ -246,12 +267,15 @@ class Exported:
     def __del__(self) -> None:
         if self.closed or sys.is_finalizing():
             return
+        text = repr(self)
         self.closed = True
-        if self._pid == os.getpid():
-            warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
+        ours = self._pid == os.getpid()
+        if ours:
             self._link.tell(Message(wire.CLOSE, region=self._id))  # does not wait: any thread may run this
             self._link.closed()
         self._end()
+        if ours:  # last: a warning may be an exception
+            warnings.warn(f"{text} was never closed", ResourceWarning, source=self, stacklevel=2)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"fd={self._socket.fileno()} {self.state.name}"
@@ -267,10 +291,13 @@ def _open_memory(memory_fd: int | None, entry: MapEntry) -> int:
     wanted = (entry.device, entry.inode)
     candidates = map(int, os.listdir("/proc/self/fd")) if memory_fd is None else (memory_fd,)
     for fd in candidates:
-        with contextlib.suppress(OSError):
+        try:
             found = os.fstat(fd)
             if (found.st_dev, found.st_ino) == wanted:
                 return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (EMFILE, ENFILE):
+                raise
     if memory_fd is not None:
         raise KernelError(EINVAL, _CALL, f"descriptor {memory_fd} is not the file that is mapped; {_REMEDY}")
     with contextlib.suppress(OSError):  # takes CAP_CHECKPOINT_RESTORE

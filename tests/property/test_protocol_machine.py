@@ -133,11 +133,6 @@ class Model:
     def forget(self) -> None:
         self.rows = self.unread()
 
-    def restart(self) -> None:
-        self.state = "ASK_PROTOCOL"
-        for row in self.rows:
-            row["read"] = False
-
     def unread(self) -> list[Row]:
         return [row for row in self.rows if not row["read"]]
 
@@ -218,8 +213,8 @@ class Pair:
         self.model.forget()
 
     def restart(self) -> None:
-        self.machine.restart()
-        self.model.restart()
+        """Another pager, and with it another conversation."""
+        self.machine, self.model = Connection(self.model.versions), Model(self.model.versions)
 
     def shake_hands(self) -> None:
         """Bring both to RUNNING, if a version is known."""

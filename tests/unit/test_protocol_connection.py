@@ -515,30 +515,7 @@ def test_only_who_still_waits_is_retained(running: Connection) -> None:
     assert running.read(8) == word(page(2))
 
 
-# -- from one pager, or one process, to the next
-
-
-def test_another_pager_asks_anew_and_is_told_of_every_fault(running: Connection) -> None:
-    for number in range(3):
-        running.fault(page(number), thread=number + 1)
-    running.read(8)
-    running.restart()
-
-    assert (running.poll(), counts(running)) == (OUT, (3, 3))
-    with refused(running, EINVAL):
-        running.read(8)
-    shake(running)
-    assert [running.read(8) for _ in range(3)] == [word(page(number)) for number in range(3)]
-    assert len(running.write(pages(0, 3).encode()).woken) == 3
-
-
-@pytest.mark.parametrize("version", [0xAA, 0xAB], ids=["acknowledgement", "refusal"])
-def test_another_pager_does_not_get_the_answer_to_the_first(fresh: Connection, version: int) -> None:
-    fresh.write(word(version))
-    fresh.restart()
-    with refused(fresh, EINVAL):
-        fresh.read(8)
-    shake(fresh)
+# -- from one process to the next
 
 
 @pytest.mark.parametrize("state", State, ids=lambda state: state.name)

@@ -298,7 +298,7 @@ class Control:
         self.post(Message(wire.OK, message.id))
 
     def _renew(self, message: Message) -> None:
-        self.exports.renew(message.region)
+        self.exports.renew(message.region, message.id)
         self.post(Message(wire.OK, message.id))
 
     def _region(self, message: Message) -> Served:

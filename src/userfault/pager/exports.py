@@ -56,7 +56,11 @@ class Exports:
         if len(message.fds) != wire.EXPORT_FDS:
             wire.close_all(message.fds)
             raise OSError(24, "the pager has no descriptors left for an export; see `ulimit -n`")
-        self.adopt(message.fds)
+        try:
+            self.adopt(message.fds)
+        except BaseException:
+            wire.close_all(message.fds)
+            raise
         self._tell_supervisor(Message(wire.KEEP, region=message.region, fds=message.fds))
 
     def adopt(self, fds: tuple[int, ...], *, again: bool = False) -> None:
@@ -68,13 +72,17 @@ class Exports:
         outlet.watch(self._started())
         outlet.pump()
 
-    def renew(self, identity: int) -> None:
+    def renew(self, identity: int, number: int) -> None:
         """Let another program begin.
+
+        Args:
+            identity: The export's.
+            number: The request's.
 
         Raises:
             KeyError: There is no such export.
         """
-        self._outlets[identity].renew()
+        self._outlets[identity].renew(number)
 
     def close(self, identity: int) -> None:
         """Serve one no longer."""

@@ -13,6 +13,11 @@ must find there, and how a socket gives it
   goes through nevertheless, since that takes only room.
 * **Reading behind a parked packet** would take it out first.  So a second one is parked behind, and then everything up
   to it is read: POLLOUT never flickers, which an edge-triggered epoll on the other side would notice.
+* **A writer that found its send buffer full sleeps until the end is writable**, by the same quarter.  So after it may
+  have been full, the parked packet is taken out for a moment: then POLLOUT does flicker.
+* **An empty packet** is no byte in SIOCINQ.  But it costs: SIOCOUTQ, asked of the program's end, tells of it.
+* **A read is an edge here only if our end is writable by the same rule**, so never more lies unread on the other side
+  than costs a quarter of our send buffer.
 * **The memory**: the program writes a page into the memfd, and then writes the range.  The application's mapping is
   registered MINOR as well as MISSING, so that a page which is in the file and has not been announced is not seen; the
   answer to a range write is UFFDIO_CONTINUE for what is in the file, and only then the wake-up.
@@ -20,9 +25,11 @@ must find there, and how a socket gives it
 The death of a worker
 ---------------------
 The sockets live on in the supervisor and the application.  The state of the handshake stands in the record, written
-before what it tells of is done.  The next worker takes back what lies unread on the other side and wakes the whole
-range: every thread that still waits sends its message again, and is told again.  So a pager may be told twice of a
-fault; a range write after it has been answered is a refusal (ENOENT), and harmless.
+before what it tells of is done: a packet of the program's is looked at, done, and only then taken out.  Whether the
+answer of the handshake was sent, and read, is told by the socket itself: SO_PEEK_OFF of the program's end, which is set
+just before, falls by what is read there (Linux 3.4).  The next worker takes back what lies unread on the other side and
+wakes the whole range: every thread that still waits sends its message again, and is told again.  So a pager may be told
+twice of a fault; a range write after it has been answered is a refusal (ENOENT), and harmless.
 """
 
 from __future__ import annotations
@@ -42,6 +49,7 @@ from userfault.kernel import abi, memfd
 from userfault.kernel.memory import PAGE_SIZE
 from userfault.kernel.userfaultfd import Userfaultfd
 from userfault.pager import record as book
+from userfault.pager import wire
 from userfault.pager.record import Record
 
 TYPE_CHECKING = False
@@ -53,27 +61,36 @@ if TYPE_CHECKING:
 SEND_BUFFER = 32 << 10
 """SO_SNDBUF of the program's end (the kernel doubles it): room for some forty writes that we have not taken yet."""
 _FIONREAD, _TIOCOUTQ = 0x541B, 0x5411  # <asm-generic/ioctls.h>; the module termios is not in every Python
+_SO_PEEK_OFF = 42  # <asm-generic/socket.h>; Python has no name for it
+_UNSET = -1
 _INT = struct.Struct("=i")
 _MESSAGES = 64
 _BATCH = _MESSAGES * abi.UFFD_MSG_SIZE
 _REST_S = 0.001
 _DONTWAKE = abi.UFFDIO_CONTINUE_MODE_DONTWAKE
 _EDGE = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
+# Plain numbers: each | of the library's flags is a call.
+_LOOK = int(socket.MSG_PEEK | socket.MSG_TRUNC | socket.MSG_DONTWAIT)
+_TAKE = int(socket.MSG_DONTWAIT)
+_SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_PARKED = b"\0parked\0"
+"""How a parked packet begins: no version and no range does. Behind it stands whose it is."""
+_WORDS = 16
+"""Bytes that count of what the program writes."""
+_HEAD_COST = 2048
+"""More than an empty packet costs."""
 
 
 def _count(sock: socket.socket, request: int) -> int:
-    answer = bytearray(4)
-    ioctl(sock, request, answer)
-    found: int = _INT.unpack(answer)[0]
+    found: int = _INT.unpack(ioctl(sock, request, bytes(_INT.size)))[0]
     return found
 
 
-def _packet_cost() -> int:
-    """Return what one packet of 8 bytes counts for in SIOCOUTQ: its memory, by the kernel's reckoning."""
-    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with one, other:
-        one.send(bytes(8))
-        return _count(one, _TIOCOUTQ)
+def _cost(sock: socket.socket, length: int) -> int:
+    """Return what a packet of so many bytes counts for in SIOCOUTQ: its memory, by the kernel's reckoning."""
+    before = _count(sock, _TIOCOUTQ)
+    sock.send(bytes(length))
+    return _count(sock, _TIOCOUTQ) - before
 
 
 def _nothing(thread: int) -> None:
@@ -99,26 +116,34 @@ class Outlet:
         self.id: int = self.words[book.W_ID]
         self.base: int = self.words[book.W_ADDRESS]
         self.end = self.base + self.words[book.W_SIZE]
-        self.uffd = Userfaultfd(uffd)
-        self.memory = os.open(f"/proc/self/fd/{memory}", os.O_RDWR | os.O_CLOEXEC)  # a file position of its own
-        self.ours, self.theirs = socket.socket(fileno=ours), socket.socket(fileno=theirs)
         state, version = states.State(self.words[book.W_STATE]), self.words[book.W_VERSION]
         self.connection = connection.Connection(state=state, version=version)
         self._wake_command, self._running = messages.Wake, states.State.RUNNING
         self.on_answer = on_answer
         self.closed = False
         self._lock = RLock()
-        self._sent = 0
-        """Packets that lie on the other side, unread."""
-        self._parked = 0
-        self._cost = _packet_cost()
-        room = self.theirs.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        self._parking = bytes(room // 4 - 384)  # with the kernel's own part just over a quarter
-        self._buffer = bytearray(len(self._parking))
+        scale, other = wire.pair()
+        with scale, other:
+            self.memory = os.open(f"/proc/self/fd/{memory}", os.O_RDWR | os.O_CLOEXEC)  # a file position of its own
+            self.uffd = Userfaultfd(uffd)  # from here on nothing fails, and the descriptors are ours
+            self.ours, self.theirs = socket.socket(fileno=ours), socket.socket(fileno=theirs)
+            self._room = self.theirs.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+            self._token = _PARKED + os.urandom(_WORDS - len(_PARKED))
+            length = self._room // 4 - 384  # with the kernel's own part just over a quarter
+            self._parking = self._token.ljust(length, b"\0")
+            self._cost, self._parking_cost = _cost(scale, 8), _cost(scale, length)
+        self._sent = self._parked = 0
+        """Packets of ours that lie on the other side, unread; packets of ours that lie on this side."""
+        self._most = self.ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 4 // self._cost - 1
+        self._marked = True
+        self._head = bytearray(_WORDS)
+        self._starved = again
+        self._in_front = False
+        """Whether what is parked lies before whatever the program has written."""
         os.set_blocking(uffd, False)
         if again:
             self._take_over()
-        self.uffd.wake(self.base, self.end - self.base)
+        self._wake_all()
 
     def watch(self, epoll: select.epoll) -> None:
         """Have an epoll wake for whatever may happen to it: `pump` then."""
@@ -141,29 +166,47 @@ class Outlet:
                 self._hear_memory(saw)
             if fd != self.uffd.fd:
                 self._hear_pager()
+            self._settle()
             self._tell()
-            self._show_writable()
             self._publish()
 
-    def renew(self) -> None:
-        """Begin the conversation anew, with another program: it is told of every fault that is not resolved."""
+    def renew(self, number: int) -> None:
+        """Begin the conversation anew, with another program: it is told of every fault that is not resolved.
+
+        Args:
+            number: The request's. One that comes again, to another worker, must not end a conversation that has begun.
+        """
         with self._lock:
-            self._take_back()
-            self._drain()
+            if number <= self.words[book.W_RENEWED]:
+                return
+            wire.drain(self.theirs)
+            wire.drain(self.ours)
             self._sent = self._parked = 0
-            self.connection.restart()
+            self.connection = type(self.connection)()
+            self._wake_all()
             self.pump()
+            self.words[book.W_RENEWED] = number
 
     def close(self) -> None:
         """Let go of it: the other side finds the end of the file."""
         with self._lock:
             self.closed = True
+            wire.drain(self.theirs)
+            wire.hang_up(self.ours)
             os.close(self.memory)
             self.uffd.close()
             self.ours.close()
             self.theirs.close()
             os.close(self.fds[0])
             os.close(self.fds[4])
+
+    def _wake_all(self) -> None:
+        """Have every thread that still has to wait ask again.
+
+        Whom a page was given meanwhile does not: a new program that was told of it would fill the page over what the
+        application has written there since.
+        """
+        self.uffd.wake(self.base, self.end - self.base)
 
     # -- the memory ----------------------------------------------------------------------------------------------
 
@@ -217,32 +260,94 @@ class Outlet:
         self._note_state()
 
     def _note_state(self) -> None:
-        self.words[book.W_STATE] = self.connection.state
         self.words[book.W_VERSION] = self.connection.version
-        self.words[book.W_SENT] = self._sent
+        self.words[book.W_STATE] = self.connection.state  # last: a successor must not find it with another's version
+        if self._marked and not self._answering():
+            self._mark(_UNSET)
+
+    def _answering(self) -> bool:
+        """Whether the answer of the handshake waits to be read."""
+        return self.connection.state is not self._running and self.connection.outgoing(0) is not None
+
+    def _writable(self) -> bool:
+        """Whether POLLOUT should be on."""
+        return bool(self.connection.poll() & select.POLLOUT)
 
     def _hear_pager(self) -> None:
-        """Take what the program has written, around what is parked."""
-        theirs = _count(self.ours, _FIONREAD) - self._parked * len(self._parking)
-        if theirs > 0:
-            stay = 1 if self._parked and self._park() else 0
-            self._receive(theirs, stay)
-        else:
-            self._count_reads()
+        """Take what the program has written, around what is parked, and have its POLLOUT be what it should be."""
+        self._count_reads()
+        if self._parked and self._in_front and self._writable():
+            self._unpark()
+        self._settle()
+        behind = False
+        lies = not self._parked or self._lies()
+        while lies and (length := self._look()) >= 0:
+            freed = 2 * length + _HEAD_COST
+            if not self._is_parked(length):
+                self._take(bytes(self._head[: min(length, _WORDS)]))
+                behind = False
+            elif self._head == self._token:
+                if not self._writable():
+                    if behind:  # what costs already is only on its way: an edge will tell
+                        break
+                    behind = self._park()
+                self._parked -= 1
+                freed = self._parking_cost
+            self._settle()
+            self._drop()
+            lies = self._lies(freed)
+        self._in_front = not lies
+        if self._parked and (self._starved or self._writable()):
+            self._unpark()
 
-    def _receive(self, theirs: int, stay: int) -> None:
-        """Take packets until so many bytes of the program's are read and so many packets stay parked."""
-        flags = socket.MSG_DONTWAIT | socket.MSG_TRUNC
-        while theirs > 0 or self._parked > stay:
-            try:
-                length = self.ours.recv_into(self._buffer, 0, flags)
-            except OSError:  # empty: an empty packet, or the end
-                break
-            if length == len(self._parking) and self._buffer == self._parking:
-                self._parked = max(self._parked - 1, 0)
-            else:
-                theirs -= length
-                self._take(bytes(self._buffer[: min(length, 16)]))
+    def _lies(self, freed: int = 0) -> bool:
+        """Whether something of the program's lies here, or is on its way.
+
+        Args:
+            freed: At most so much cost what was taken out since the last time.
+        """
+        cost = _count(self.theirs, _TIOCOUTQ)
+        if cost + freed >= self._room:  # it may have been full in between, and a writer asleep
+            self._starved = True
+        return cost > self._parked * self._parking_cost
+
+    def _look(self) -> int:
+        """Look at the first packet that lies here, and return its length; -1 if there is none."""
+        try:
+            length = self.ours.recv_into(self._head, 0, _LOOK)
+        except OSError:
+            return -1
+        # Nothing may be an empty packet, or the end: it has shut down.
+        return length if length or _count(self.theirs, _TIOCOUTQ) else -1
+
+    def _drop(self) -> None:
+        """Take out what was looked at."""
+        self.ours.recv_into(self._head, 0, _TAKE)
+
+    def _is_parked(self, length: int) -> bool:
+        """Whether what was looked at is no packet of the program's: ours, or a former worker's."""
+        return length == len(self._parking) and self._head.startswith(_PARKED)
+
+    def _settle(self) -> None:
+        """See that POLLOUT is off if it should be."""
+        if not self._parked and not self._writable():
+            self._park()
+
+    def _unpark(self) -> None:
+        while self._parked:
+            self._drop()
+            self._parked -= 1
+        self._starved = self._starved and _count(self.theirs, _TIOCOUTQ) * 4 > self._room  # else it was woken
+        self._settle()
+
+    def _park(self) -> bool:
+        try:
+            self.theirs.send(self._parking, _SEND)
+        except OSError:  # full of what it has written itself: not writable either. Or it has shut down
+            return False
+        self._parked += 1
+        self._in_front = False
+        return True
 
     def _take(self, data: bytes) -> None:
         """Do what the program has written; say in words what a write(2) would have said by an errno."""
@@ -263,10 +368,10 @@ class Outlet:
 
     def _let_go(self, woken: tuple[Fault, ...]) -> None:
         self.words[book.W_ANSWERED] += len(woken)
-        self._publish()  # before: whom we wake may look
+        self._publish()  # before: whom we wake may look, or kill us
+        self.on_answer()
         for page in sorted({fault.page for fault in woken}):
             self.uffd.wake(page, PAGE_SIZE)
-        self.on_answer()
 
     def _refuse_registration(self, command: Range) -> None:
         name = type(command).__name__.lower()
@@ -279,51 +384,30 @@ class Outlet:
     def _tell(self) -> None:
         """Send what may be read: the answer of the handshake, or the faults."""
         self._note_state()
-        with contextlib.suppress(OSError):  # full: an edge will say when there is room. Or it has shut down
-            while (packet := self.connection.outgoing(self._sent)) is not None:
-                self.ours.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        with contextlib.suppress(OSError):  # it has shut down
+            while self._sent < self._most and (packet := self.connection.outgoing(self._sent)) is not None:
+                if self._answering():
+                    self._mark(len(packet))
+                self.ours.send(packet, _SEND)
                 self._sent += 1
-                self.words[book.W_SENT] = self._sent
-
-    def _show_writable(self) -> None:
-        """Switch POLLOUT on the other side."""
-        while self._parked and self.connection.poll() & select.POLLOUT:
-            self._receive(0, 0)
-        if not self._parked and not self.connection.poll() & select.POLLOUT:
-            self._park()
-
-    def _park(self) -> bool:
-        try:
-            self.theirs.send(self._parking, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except OSError:  # full of what it has written itself: not writable either. Or it has shut down
-            return False
-        self._parked += 1
-        return True
 
     def _publish(self) -> None:
         self.words[book.W_PENDING] = self.connection.unread
         self.words[book.W_TOTAL] = self.connection.unread + self.connection.read_faults
 
-    # -- from one worker, or one program, to the next -------------------------------------------------------------
+    # -- from one worker to the next ------------------------------------------------------------------------------
+
+    def _mark(self, count: int) -> None:
+        """Have the program's end count down what is read there."""
+        self.theirs.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, count)
+        self._marked = count != _UNSET
 
     def _take_over(self) -> None:
         """Find out where the conversation stands that a dead worker led."""
-        if self.connection.state is self._running:
-            self._take_back()
-        elif self.connection.outgoing(0) is not None:
-            unread = bool(_count(self.theirs, _FIONREAD))
-            if self.words[book.W_SENT] and not unread:
-                self.connection.read(8)  # it has read the answer
-            self._sent = int(unread)
-
-    def _take_back(self) -> None:
-        """Take out what lies unread on the other side."""
-        with contextlib.suppress(OSError):
-            while self.theirs.recv(8, socket.MSG_DONTWAIT):
-                pass
-
-    def _drain(self) -> None:
-        """Take out what lies unread on this side, and forget it."""
-        with contextlib.suppress(OSError):
-            while self.ours.recv_into(self._buffer, 0, socket.MSG_DONTWAIT):
-                pass
+        if not self._answering():
+            wire.drain(self.theirs)  # what lies unread there
+        elif _count(self.theirs, _FIONREAD):
+            self._sent = 1
+        elif not self.theirs.getsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF):
+            self.connection.read(8)  # it has read the answer
+        self._note_state()

@@ -11,7 +11,7 @@ from userfault.kernel import memfd, memory
 MAGIC = 0x3131304C41544F  # any constant does
 W_MAGIC, W_ID, W_ADDRESS, W_SIZE, W_OFFSET = range(5)
 # The conversation: written before what it tells of is done (see `outlet`).
-W_STATE, W_VERSION, W_SENT = range(8, 11)
+W_STATE, W_VERSION, W_RENEWED = range(8, 11)
 # For the application to look at.
 W_PENDING, W_TOTAL, W_ANSWERED, W_REFUSED, W_REFUSAL_LENGTH = range(16, 21)
 _TEXT = 1024

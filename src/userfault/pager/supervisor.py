@@ -62,6 +62,14 @@ class Supervisor:
             self.watch_worker()
             if not self.finished:
                 self.replace_worker()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Let the programs behind exported descriptors read the end of the file."""
+        for _record, _uffd, ours, _theirs, _memory in self.exports.values():
+            end = socket.socket(fileno=ours)
+            wire.hang_up(end)
+            end.detach()
 
     def introduce(self) -> None:
         """Tell the worker who its supervisor is; it watches us as we watch it."""
@@ -164,9 +172,12 @@ class Supervisor:
         for fd in self.regions.values():
             words = ledger.read_words(fd)
             poison.poison(uffd, words[ledger.W_ADDRESS], -(-words[ledger.W_SIZE] // PAGE_SIZE) * PAGE_SIZE)
-        for fds in self.exports.values():
-            words = Record(fds[0]).words
-            poison.poison(Userfaultfd(fds[1]), words[record.W_ADDRESS], words[record.W_SIZE])
+        for fd, uffd_of_export, *_ in self.exports.values():
+            book = Record(fd)  # its words are good as long as it lives
+            exported = Userfaultfd(uffd_of_export)
+            poison.poison(exported, book.words[record.W_ADDRESS], book.words[record.W_SIZE])
+            exported.detach()
+        self.hang_up()
         with contextlib.suppress(OSError):
             reason = f"{self.strikes} workers in a row died before they had filled a block".encode()
             wire.send(self.control, wire.Message(wire.LOST, text=reason), socket.MSG_DONTWAIT)

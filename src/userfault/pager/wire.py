@@ -10,6 +10,7 @@ each request means "make it so", never "do it once more".
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -123,6 +124,24 @@ def close_all(fds: tuple[int, ...]) -> None:
     """Close descriptors that came with a message."""
     for fd in fds:
         os.close(fd)
+
+
+def drain(sock: socket.socket) -> None:
+    """Take out what lies unread on a socket, and forget it."""
+    with contextlib.suppress(OSError):
+        for _ in range(512):  # an empty packet looks like the end; and a buffer of the usual size has room for less
+            sock.recv(1, socket.MSG_DONTWAIT)
+
+
+def hang_up(sock: socket.socket) -> None:
+    """End a conversation, whoever else holds copies of the socket: the other end reads the end of the file.
+
+    With something of the other end's unread it would be ECONNRESET.
+    """
+    drain(sock)
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    drain(sock)
 
 
 def _pack_fds(fds: tuple[int, ...]) -> bytes:

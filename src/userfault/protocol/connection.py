@@ -159,12 +159,6 @@ class Connection:
         """Of the faults that were read, remember those whose threads still wait."""
         self._read = [fault for fault in self._read if waiting(fault)]
 
-    def restart(self) -> None:
-        """Another pager takes over: it has to ask anew, and is told of every fault that is not resolved."""
-        self.state = State.ASK_PROTOCOL
-        self._unread.extendleft(reversed(self._read))
-        self._read = []
-
     # -- what is queued ------------------------------------------------------------------------------------------
 
     @property

@@ -1,8 +1,7 @@
 """The states of a conversation and the transitions between them, as one table.
 
 The table is the law: `Connection` asks it, the manual's diagram is drawn from it, and a test walks it.  A step that is
-not in it is EINVAL.  (What is written in ASK_PROTOCOL is a version, whatever it was meant to be.)  One thing stands
-outside: an exported descriptor that is handed to another program begins anew (`Connection.restart`).
+not in it is EINVAL.  (What is written in ASK_PROTOCOL is a version, whatever it was meant to be.)
 
 One line differs from the code that was posted: it had no answer to a write while a refusal was unread, and stopped the
 machine (`BUG_ON`).  Here that is EINVAL, as it was in the state beside it.

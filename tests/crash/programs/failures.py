@@ -241,11 +241,15 @@ def many(regions: int, folder: str) -> None:
     opened = [userfault.Region(FileStore(f"{folder}/{number}"), "r", BLOCK) for number in range(regions)]
     pager = opened[0].pager
     say("opened", pager.restarts)
+    killed = -1
     for number in range(3):
         at = number * BLOCK
         right = all(bytes(region.memory[at : at + BLOCK]) == data[at : at + BLOCK] for region in opened)
         say("right", right, pager.restarts)
-        os.kill((pager.worker_pid, pager.pid)[number % 2], signal.SIGKILL)
+        while killed in (pager.worker_pid, pager.pid):  # with both dead at once this process would be ended
+            time.sleep(0.001)
+        killed = (pager.worker_pid, pager.pid)[number % 2]
+        os.kill(killed, signal.SIGKILL)
     for region in opened:
         region.ensure()
         region.evict()
