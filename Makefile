@@ -26,6 +26,7 @@ soak: $(STAMP) compiler ## Run the long crash and kill tests as well (many minut
 
 bench: $(STAMP) compiler ## Measure fault latency against a C pager and numpy.memmap; results in benchmarks/results.
 	$(BIN)/python benchmarks/fault_latency.py --output benchmarks/results $(ARGS)
+	$(BIN)/python benchmarks/exported.py --output benchmarks/results $(ARGS)
 
 lint: $(STAMP) ## Check style (ruff) and types (mypy, strict).
 	$(BIN)/ruff check

@@ -84,6 +84,7 @@ class Bench:
         with self.source.open("rb") as file:
             os.fsync(file.fileno())  # no write-back while the clock runs
         self.programs = ReferencePrograms(folder, self.source)
+        self.cpus = os.sched_getaffinity(0)
         self.here, self.there = two_cores()
 
     def rows(self, *, required_only: bool) -> list[Row]:
@@ -259,10 +260,22 @@ def checks(rows: list[Row]) -> list[Check]:
     return found
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def describe_machine(bench: Bench) -> dict[str, str | int]:
+    """Where this ran."""
+    return {
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "cpus": os.cpu_count() or 1,
+        "toucher_cpu": bench.here,
+        "other_cpu": bench.there,
+    }
+
+
+def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="What one page fault costs, against a C pager and numpy.memmap.")
-    parser.add_argument("--output", type=Path, help="folder for fault_latency.json and fault_latency.svg")
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output", type=Path, help="folder for a JSON file with all figures, and a plot")
     parser.add_argument("--quick", action="store_true", help="a few megabytes, once: does it run at all?")
     parser.add_argument("--required", action="store_true", help="only the rows behind the promised ratios")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a promised ratio is missed")
@@ -273,7 +286,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; return the exit status."""
-    options = parse(arguments)
+    options = parse(arguments, "What one page fault costs, against a C pager and numpy.memmap.")
     scale = QUICK if options.quick else FULL
     repetitions = options.repetitions or scale.repetitions
     try:
@@ -285,17 +298,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fault_latency: {error}", file=sys.stderr)
         return 2
     promised = checks(rows)
-    machine: dict[str, str | int] = {
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "cpus": os.cpu_count() or 1,
-        "toucher_cpu": bench.here,
-        "other_cpu": bench.there,
-    }
+    machine = describe_machine(bench)
     print(report.table(rows, promised, machine))
     if options.output:
-        report.write(options.output, rows, promised, machine)
+        report.write(options.output / "fault_latency", rows, promised, machine)
     return int(options.check and not all(check.kept for check in promised))
 
 

@@ -33,12 +33,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """A ratio between two rows of one run, and the bound that it has to keep."""
+    """A ratio between two rows of one run, and the bound that it has to keep, if it has one."""
 
     name: str
     ratios: list[float]
-    bound: float
-    at_most: bool
+    bound: float | None = None
+    at_most: bool = True
 
     @property
     def ratio(self) -> float:
@@ -48,4 +48,6 @@ class Check:
     @property
     def kept(self) -> bool:
         """Whether the ratio is within its bound."""
+        if self.bound is None:
+            return True
         return self.ratio <= self.bound if self.at_most else self.ratio >= self.bound

@@ -28,9 +28,9 @@ class ReferencePrograms:
 
     def __init__(self, folder: Path, source: Path) -> None:
         self._source = source
-        self._pager = _compile(folder / "pager", "pager.c", "touch.c", "-pthread")
-        self._bulk = _compile(folder / "bulk", "bulk.c", "touch.c")
-        self._touch = ctypes.CDLL(str(_compile(folder / "touch.so", "touch.c", "-shared", "-fPIC")))
+        self._pager = compile_program(folder / "pager", "pager.c", "touch.c", "-pthread")
+        self._bulk = compile_program(folder / "bulk", "bulk.c", "touch.c")
+        self._touch = ctypes.CDLL(str(compile_program(folder / "touch.so", "touch.c", "-shared", "-fPIC")))
         self._touch.page_order.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int]
         self._touch.page_order.restype = None
         self._touch.touch_pages.argtypes = [
@@ -70,7 +70,12 @@ class ReferencePrograms:
         return int(elapsed), int(total)
 
 
-def _compile(target: Path, *arguments: str) -> Path:
+def compile_program(target: Path, *arguments: str) -> Path:
+    """Compile sources of ``reference``, or with a path of their own, into `target`.
+
+    Raises:
+        RuntimeError: there is no C compiler, or it refuses the sources; the message is the compiler's own.
+    """
     sources = [str(_SOURCES / word) if word.endswith(".c") else word for word in arguments]
     try:
         result = subprocess.run([*_COMPILE, *sources, "-o", str(target)], capture_output=True, text=True, check=False)

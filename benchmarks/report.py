@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from measurements import Check, Row
 
-_NAME = "fault_latency"
 _HEADINGS = ("pager", "placement", "block", "order", "µs a fault: median (min-max)", "MB/s", "x C same core")
 _COLOURS = {
     "C process": "#4c72b0",
     "C thread": "#8172b3",
     "userfault": "#c44e52",
     "userfault, NumPy": "#dd8452",
+    "exported, C program": "#937860",
     "numpy.memmap": "#55a868",
     "bulk COPY": "#808080",
 }
@@ -33,9 +33,9 @@ def table(rows: Sequence[Row], checks: Sequence[Check], machine: Mapping[str, st
     return "\n".join([facts, "", *(line.rstrip() for line in lines), "", *map(_verdict, checks)])
 
 
-def write(folder: Path, rows: Sequence[Row], checks: Sequence[Check], machine: Mapping[str, str | int]) -> list[Path]:
-    """Write the run as JSON and, where matplotlib is installed, as an SVG plot; return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(target: Path, rows: Sequence[Row], checks: Sequence[Check], machine: Mapping[str, str | int]) -> list[Path]:
+    """Write the run as TARGET.json and, where matplotlib is installed, as TARGET.svg; return the files."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "machine": dict(machine),
         "rows": [_record(row) for row in rows],
@@ -43,9 +43,9 @@ def write(folder: Path, rows: Sequence[Row], checks: Sequence[Check], machine: M
             {"name": c.name, "ratio": c.ratio, "ratios": c.ratios, "bound": c.bound, "kept": c.kept} for c in checks
         ],
     }
-    data = folder / f"{_NAME}.json"
+    data = target.with_suffix(".json")
     data.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return [data, *_plot(folder / f"{_NAME}.svg", rows)]
+    return [data, *_plot(target.with_suffix(".svg"), rows)]
 
 
 def _reference(row: Row, rows: Sequence[Row]) -> Row | None:
@@ -75,6 +75,8 @@ def _block(size: int) -> str:
 def _verdict(check: Check) -> str:
     sign = "<=" if check.at_most else ">="
     spread = f"({min(check.ratios):.2f}-{max(check.ratios):.2f})"
+    if check.bound is None:
+        return f"{check.name}: {check.ratio:.2f} {spread}"
     verdict = "kept  " if check.kept else "MISSED"
     return f"{verdict}  {check.name}: {check.ratio:.2f} {spread}, promised {sign} {check.bound}"
 
@@ -101,7 +103,7 @@ def _plot(target: Path, rows: Sequence[Row]) -> list[Path]:
         from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError:
         return []
-    mpl.rcParams["svg.hashsalt"] = _NAME  # the same run gives the same file
+    mpl.rcParams["svg.hashsalt"] = target.stem  # the same run gives the same file
     blocks = sorted({row.block for row in rows})
     shown = {block: [row for row in rows if row.block == block] for block in blocks}
     figure = Figure(figsize=(9, 0.6 + 0.32 * len(rows) + 0.5 * len(blocks)), layout="constrained")

@@ -12,11 +12,11 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-_BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "fault_latency.py"
+_BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-X", "faulthandler", "-W", "error", str(_BENCHMARK), *arguments]
+def _run(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "faulthandler", "-W", "error", str(_BENCHMARKS / f"{name}.py"), *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=150, check=False, env=os.environ | environment
     )
@@ -25,7 +25,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 @pytest.mark.benchmark
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: the reference pager cannot be built")
 def test_fault_latency_measures_every_row_and_writes_its_files(tmp_path: Path) -> None:
-    result = _run("--quick", "--output", str(tmp_path))
+    result = _run("fault_latency", "--quick", "--output", str(tmp_path))
 
     assert result.returncode == 0, result.stderr
     document = json.loads((tmp_path / "fault_latency.json").read_text())
@@ -41,7 +41,22 @@ def test_fault_latency_measures_every_row_and_writes_its_files(tmp_path: Path) -
 
 @pytest.mark.benchmark
 def test_fault_latency_says_that_a_compiler_is_missing(tmp_path: Path) -> None:
-    result = _run("--quick", "--required", PATH=str(tmp_path))
+    result = _run("fault_latency", "--quick", "--required", PATH=str(tmp_path))
 
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "fault_latency: no C compiler: install one that answers to 'cc'\n"
+
+
+@pytest.mark.benchmark
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: the program and the reference cannot be built")
+def test_exported_measures_every_row_and_writes_its_files(tmp_path: Path) -> None:
+    result = _run("exported", "--quick", "--output", str(tmp_path))
+
+    assert result.returncode == 0, result.stderr
+    document = json.loads((tmp_path / "exported.json").read_text())
+    assert {row["pager"] for row in document["rows"]} == {"C process", "userfault", "exported, C program"}
+    assert {len(row["nanoseconds"]) for row in document["rows"]} == {1}
+    assert len(document["checks"]) == (8 if document["machine"]["other_cpu"] >= 0 else 6)
+    for check in document["checks"]:
+        assert check["name"] in result.stdout
+    assert ET.parse(tmp_path / "exported.svg").getroot().tag.endswith("svg")
