@@ -67,21 +67,25 @@ class UserfaultFD(Descriptor):
                 memfd. EBADF: closed. EBUSY: exported before. EMFILE: this process or the pager has no descriptors left.
             UnsupportedError, PagerLostError: As `Pager`.
         """
-        start, end, entry = self._exportable()
-        try:
-            memory = _open_memory(memory_fd, entry)
+        with self._lock:  # for one thread only; the others are told EBUSY afterwards
             try:
-                offset = entry.offset + start - entry.start
-                exported = Exported(self, pager or default_pager(), (start, end), memory, offset)
-            except BaseException:
-                os.close(memory)
-                raise
-        except OSError as error:
-            if isinstance(error, KernelError) or error.errno not in (EMFILE, ENFILE):
-                raise
-            raise KernelError(error.errno, _CALL, _TOO_MANY) from error
-        self._export = weakref.ref(exported)
+                exported = self._exported(memory_fd, pager)
+            except OSError as error:
+                if isinstance(error, KernelError) or error.errno not in (EMFILE, ENFILE):
+                    raise
+                raise KernelError(error.errno, _CALL, _TOO_MANY) from error
+            self._export = weakref.ref(exported)
         return exported
+
+    def _exported(self, memory_fd: int | None, pager: Pager | None) -> Exported:
+        start, end, entry = self._exportable()
+        memory = _open_memory(memory_fd, entry)
+        try:
+            offset = entry.offset + start - entry.start
+            return Exported(self, pager or default_pager(), (start, end), memory, offset)
+        except BaseException:
+            os.close(memory)
+            raise
 
     def _exportable(self) -> tuple[int, int, MapEntry]:
         """Return the one range that can be exported, and its mapping."""

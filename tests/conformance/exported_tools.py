@@ -9,6 +9,7 @@ sure that the worker has looked (`Served.prove`).
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import re
 import select
@@ -58,6 +59,15 @@ def info(exported: Exported) -> Info:
     assert said.pop("protocols") == "aa"
     numbers = {name: int(said[name]) for name in ("pending", "total", "answered", "refused")}
     return Info(**numbers, state=said["state"], refusal=said.get("refusal", ""))
+
+
+def shared_mapping(pages: int) -> mmap.mmap:
+    """Map a memory file, which is closed again: the mapping has a descriptor of its own."""
+    fd = memfd.create("mapped", pages * PAGE_SIZE)
+    try:
+        return mmap.mmap(fd, pages * PAGE_SIZE)
+    finally:
+        os.close(fd)
 
 
 class Program:

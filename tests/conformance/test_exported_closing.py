@@ -12,7 +12,7 @@ from errno import EPIPE
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conformance.exported_tools import IN, OUT, make_ground, make_scene  # noqa: F401
+from tests.conformance.exported_tools import IN, OUT, make_ground, make_scene, shared_mapping  # noqa: F401
 from tests.conformance.protocol_tools import page_of, sigbus, there
 
 import userfault
@@ -209,13 +209,13 @@ def test_closing_races_with_touches(scene: Scene, soak: bool) -> None:
     pages = 64
     for _ in range(100 if soak else 8):
         served = scene.running(pages)
-        fd = os.dup(served.program.fd)
+        fd, memory_fd = os.dup(served.program.fd), os.dup(served.program.memory_fd)
 
-        def serve(served: Served = served, fd: int = fd) -> None:
+        def serve(served: Served = served, fd: int = fd, memory_fd: int = memory_fd) -> None:
             try:
                 while data := os.read(fd, 8):
                     page = (int.from_bytes(data, "little") - served.address) // PAGE_SIZE
-                    served.program.put(page, 7)
+                    os.pwrite(memory_fd, page_of(7), page * PAGE_SIZE)
                     os.write(fd, struct.pack("=QQ", served.at(page), served.at(page + 1)))
             except OSError as error:
                 assert error.errno == EPIPE  # noqa: PT017  # closed between its read and its write
@@ -236,6 +236,7 @@ def test_closing_races_with_touches(scene: Scene, soak: bool) -> None:
             assert tally.right + tally.sigbus == tally.touches
         program.result()
         os.close(fd)
+        os.close(memory_fd)
 
 
 # -- other processes --------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def test_closing_races_with_touches(scene: Scene, soak: bool) -> None:
 def be_served_by_a_fork(who_closes: str) -> tuple[bytes, int, int]:
     """Fork a child that is the program; return what was read, how the child ended, and what its copies could do."""
     pages = 8
-    with mmap.mmap(-1, pages * PAGE_SIZE) as shared, userfault.Pager() as pager:
+    with shared_mapping(pages) as shared, userfault.Pager() as pager:
         madvise(shared, MADV_USERFAULT)
         descriptor = userfaultfd(UFFD_NONBLOCK | UFFD_CLOEXEC)
         descriptor.register(shared)

@@ -268,7 +268,7 @@ def test_another_program_is_told_of_every_fault_that_is_not_resolved(scene: Scen
     served.waiting(2, 3)
 
     served.exported.renew()
-    assert served.info.waiting == (3, 3)
+    served.waiting(3, 3)
     assert served.info.answered == 1
     served.program.handshake()
 

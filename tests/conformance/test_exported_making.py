@@ -11,7 +11,7 @@ import select
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conformance.exported_tools import make_ground, make_scene  # noqa: F401
+from tests.conformance.exported_tools import make_ground, make_scene, shared_mapping  # noqa: F401
 from tests.conformance.protocol_tools import page_of, sigbus, there
 
 import userfault
@@ -153,7 +153,7 @@ def test_none_can_be_exported_twice(scene: Scene) -> None:
 def test_nor_by_two_threads_at_once(scene: Scene) -> None:
     """One gets it, the others are told, and nothing is left of theirs in the pager."""
     for _ in range(20):
-        descriptor = scene.registered(scene.mapped(scene.file(2), 2), 2)
+        descriptor = scene.registered(scene.mapped(scene.file(2), 2), 2, UFFD_CLOEXEC)
 
         found: list[Exported] = []
 
@@ -290,7 +290,7 @@ def exhaust_the_pager(limit: int) -> tuple[int, int, bool]:
     mappings, descriptors, exports, errors = [], [], [], []
     try:
         for _ in range(limit):
-            mapping = mmap.mmap(-1, PAGE_SIZE)
+            mapping = shared_mapping(1)
             madvise(mapping, MADV_USERFAULT)
             descriptor = userfaultfd(UFFD_NONBLOCK | UFFD_CLOEXEC)
             descriptor.register(mapping)
@@ -385,7 +385,7 @@ def test_a_closed_pager_takes_none(scene: Scene) -> None:
 
 
 def test_the_default_pager_is_used_and_kept_by_it() -> None:
-    with mmap.mmap(-1, PAGE_SIZE) as shared, userfaultfd(UFFD_CLOEXEC) as descriptor:
+    with shared_mapping(1) as shared, userfaultfd(UFFD_CLOEXEC) as descriptor:
         madvise(shared, MADV_USERFAULT)
         descriptor.register(shared)
         with descriptor.export() as exported:

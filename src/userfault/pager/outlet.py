@@ -67,6 +67,8 @@ _INT = struct.Struct("=i")
 _MESSAGES = 64
 _BATCH = _MESSAGES * abi.UFFD_MSG_SIZE
 _REST_S = 0.001
+PATIENCE = 200
+"""How often a refusal that may pass is tried again."""
 _DONTWAKE = abi.UFFDIO_CONTINUE_MODE_DONTWAKE
 _EDGE = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
 # Plain numbers: each | of the library's flags is a call.
@@ -224,7 +226,7 @@ class Outlet:
 
     def _allow(self, start: int, end: int) -> None:
         """Make visible what the program has put into the file; what is not there stays missing."""
-        start, end = max(start, self.base), min(end, self.end)
+        start, end, impatience = max(start, self.base), min(end, self.end), 0
         for first, stop in self._filled(start, end):
             at = first
             while at < stop:
@@ -234,9 +236,10 @@ class Outlet:
                     continue
                 if error in (errno.EEXIST, errno.EFAULT):  # visible already; dropped just now
                     at += PAGE_SIZE
-                elif error in (errno.EAGAIN, errno.ENOMEM):
-                    time.sleep(_REST_S)
-                else:  # the range or the process is gone
+                elif error in (errno.EAGAIN, errno.ENOMEM) and impatience < PATIENCE:
+                    impatience += 1
+                    time.sleep(_REST_S)  # only the kernel can say when that passes
+                else:  # the range or the process is gone; or it does not pass, and who waits will ask again
                     return
 
     def _filled(self, start: int, end: int) -> Iterator[tuple[int, int]]:
