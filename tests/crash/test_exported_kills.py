@@ -19,7 +19,7 @@ import pytest
 from tests.conformance.exported_tools import IN, OUT, REFUSAL, VERSION, Scene
 from tests.conformance.protocol_tools import Toucher, there, wait_until
 from tests.crash.test_kills import Killer, percentiles
-from tests.crash.test_lifeline import assert_aborted, kill_both
+from tests.crash.test_lifeline import assert_aborted, kill_both, stop
 
 import userfault
 from userfault.errors import PagerLostError
@@ -133,14 +133,6 @@ def test_the_program_is_killed_and_another_takes_over(start: Start, rng: random.
         victim.expect("over")
         victim.end().check()
     print(f"{times} programs and {kills} workers killed, {faults} faults")
-
-
-def stop(*pids: int) -> None:
-    """Stop processes, and wait until all of their threads stand still: SIGSTOP reaches one, which tells the others."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    stats = [entry / "stat" for pid in pids for entry in Path(f"/proc/{pid}/task").iterdir()]
-    wait_until(lambda: all(stat.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T" for stat in stats))
 
 
 @pytest.mark.parametrize("where", ["memory", "write"])

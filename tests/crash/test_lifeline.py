@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.conformance.protocol_tools import wait_until
 
 if TYPE_CHECKING:
     from tests.crash.conftest import Start, Victim
@@ -42,8 +43,11 @@ DEADLINE_S = 1.0
 
 
 def stop(*pids: int) -> None:
+    """Stop processes, and wait until all of their threads stand still: SIGSTOP reaches one, which tells the others."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
+    stats = [entry / "stat" for pid in pids for entry in Path(f"/proc/{pid}/task").iterdir()]
+    wait_until(lambda: all(stat.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T" for stat in stats))
 
 
 def kill_both(first: int, second: int) -> float:
