@@ -65,6 +65,19 @@ struct uffdio_move { __u64 dst; __u64 src; __u64 len; __u64 mode; __s64 move; };
 #define UFFD_FEATURE_MOVE (1<<16)
 #endif
 
+#ifndef PROCMAP_QUERY
+#define PROCMAP_QUERY _IOWR('f', 17, struct procmap_query)
+#define PROCMAP_QUERY_VMA_READABLE 0x01
+#define PROCMAP_QUERY_VMA_WRITABLE 0x02
+#define PROCMAP_QUERY_VMA_EXECUTABLE 0x04
+#define PROCMAP_QUERY_COVERING_OR_NEXT_VMA 0x10
+struct procmap_query {
+    __u64 size, query_flags, query_addr, vma_start, vma_end, vma_flags, vma_page_size, vma_offset, inode;
+    __u32 dev_major, dev_minor, vma_name_size, build_id_size;
+    __u64 vma_name_addr, build_id_addr;
+};
+#endif
+
 #ifndef PAGEMAP_SCAN
 #define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
 #define PAGE_IS_WPALLOWED (1 << 0)
@@ -130,6 +143,7 @@ _PREFIXES = (
     "PAGE_IS_",
     "PM_SCAN_",
     "PAGEMAP_",
+    "PROCMAP_",
     "EHWPOISON",
 )
 _NOT_IN_C = {"MFD_HUGE_SHIFT": "MFD_HUGE_SHIFT", "UFFD_MSG_SIZE": "sizeof(struct uffd_msg)"}
@@ -155,6 +169,13 @@ _STRUCTS = {
     "UFFD_MSG_REMAP_STRUCT": ("uffd_msg", "event arg.remap.from arg.remap.to arg.remap.len"),
     "UFFD_MSG_RANGE_STRUCT": ("uffd_msg", "event arg.remove.start arg.remove.end"),
     "PAGE_REGION_STRUCT": ("page_region", "start end categories"),
+    "PROCMAP_QUERY_STRUCT": (
+        "procmap_query",
+        (
+            "size query_flags query_addr vma_start vma_end vma_flags vma_page_size vma_offset inode dev_major dev_minor"
+            " vma_name_size build_id_size vma_name_addr build_id_addr"
+        ),
+    ),
     "PM_SCAN_ARG_STRUCT": (
         "pm_scan_arg",
         (

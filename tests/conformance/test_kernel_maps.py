@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from userfault.errors import KernelError
-from userfault.kernel import Feature, MapEntry, RegisterMode, maps, memfd
+from userfault.kernel import Feature, MapEntry, RegisterMode, abi, maps, memfd, memory
 
 if TYPE_CHECKING:
     from tests.conformance.conftest import Arena, StartChild
@@ -104,3 +104,32 @@ def test_a_dead_process_has_no_mappings() -> None:
     with pytest.raises(KernelError) as caught:
         maps.read_maps(child.pid)
     assert caught.value.errno == ENOENT
+
+
+@pytest.mark.parametrize("old_kernel", [False, True], ids=["asked one by one", "all read"])
+def test_the_mappings_of_a_range_are_those_of_the_whole_list(
+    arena: Arena, old_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = arena.anonymous(6)
+    memory.protect(address + 2 * arena.page, 2 * arena.page, memory.PROT_NONE)
+    memory.protect(address + 4 * arena.page, arena.page, memory.PROT_READ)
+    if old_kernel:  # what a kernel before 6.11 answers
+        monkeypatch.setattr(abi, "PROCMAP_QUERY", abi.UFFDIO_API)
+    start, end = address + arena.page, address + 5 * arena.page
+
+    found = list(maps.query_maps(start, end))
+
+    listed = [entry for entry in maps.read_maps() if entry.start < end and start < entry.end]
+    assert found == [(entry.start, entry.end, entry.permissions[:3]) for entry in listed]
+    assert {"---", "r--"} <= {permissions for _, _, permissions in found}
+    assert list(maps.query_maps(1 << 46, (1 << 46) + arena.page)) == []
+
+
+def test_a_range_is_mapped_if_all_of_it_is(arena: Arena) -> None:
+    address = arena.anonymous(2)
+
+    assert memory.is_mapped(address, 2 * arena.page)
+    memory.unmap(address + arena.page, arena.page)
+    arena.forget(address)
+    arena.adopt(address, arena.page)
+    assert not memory.is_mapped(address, 2 * arena.page)

@@ -359,6 +359,15 @@ PAGE_REGION_STRUCT = Struct("=QQQ")  # start, end, categories
 PM_SCAN_ARG_STRUCT = Struct("=12Q")
 PAGEMAP_SCAN = _IOWR(ord("f"), 16, PM_SCAN_ARG_STRUCT)
 
+# size, query_flags, query_addr, vma_start, vma_end, vma_flags, vma_page_size, vma_offset, inode, dev_major, dev_minor,
+# vma_name_size, build_id_size, vma_name_addr, build_id_addr
+PROCMAP_QUERY_STRUCT = Struct("=9Q4I2Q")
+PROCMAP_QUERY = _IOWR(ord("f"), 17, PROCMAP_QUERY_STRUCT)  # 6.11; on /proc/PID/maps
+PROCMAP_QUERY_VMA_READABLE = 0x01
+PROCMAP_QUERY_VMA_WRITABLE = 0x02
+PROCMAP_QUERY_VMA_EXECUTABLE = 0x04
+PROCMAP_QUERY_COVERING_OR_NEXT_VMA = 0x10
+
 PM_SCAN_WP_MATCHING = 1 << 0
 PM_SCAN_CHECK_WPASYNC = 1 << 1
 

@@ -11,14 +11,27 @@ from __future__ import annotations
 
 import os
 from collections import namedtuple
+from errno import ENOENT, ENOTTY
+from fcntl import ioctl
 
 from userfault.errors import KernelError
+from userfault.kernel import abi
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["UFFD_MINOR", "UFFD_MISSING", "UFFD_WP", "MapEntry", "parse_maps", "parse_smaps", "read_maps", "read_smaps"]
+__all__ = [
+    "UFFD_MINOR",
+    "UFFD_MISSING",
+    "UFFD_WP",
+    "MapEntry",
+    "parse_maps",
+    "parse_smaps",
+    "query_maps",
+    "read_maps",
+    "read_smaps",
+]
 
 # Words of the VmFlags line, proc_pid_smaps(5).
 UFFD_MISSING = "um"  # 4.3
@@ -107,6 +120,47 @@ def parse_smaps(text: str) -> Iterator[MapEntry]:
             flags = frozenset(line.split()[1:])
     if header:
         yield _parse_line(header, flags)
+
+
+def query_maps(start: int, end: int) -> Iterator[tuple[int, int, str]]:
+    """Yield the mappings of this process that a range touches: start, end, and permissions such as `"rw-"`.
+
+    One is asked for after the other (PROCMAP_QUERY, Linux 6.11): there may be 65530 of them, and then it takes long to
+    read them all, and more memory than can still be had. Before 6.11 they are all read.
+
+    Raises:
+        KernelError: /proc is not there.
+    """
+    try:
+        maps = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError(error.errno or 0, "open(/proc/self/maps)") from None
+    try:
+        while start < end and (found := _query(maps, start)) is not None and found[0] < end:
+            yield found
+            start = found[1]
+    except OSError as error:
+        if error.errno != ENOTTY:
+            raise KernelError(error.errno or 0, "ioctl(PROCMAP_QUERY)", f"address {start:#x}") from None
+        overlapping = (entry for entry in read_maps() if entry.start < end and start < entry.end)
+        yield from ((entry.start, entry.end, entry.permissions[:3]) for entry in overlapping)
+    finally:
+        os.close(maps)
+
+
+def _query(maps: int, address: int) -> tuple[int, int, str] | None:
+    """Ask for the mapping at an address, or the next; None if there is none."""
+    head = (abi.PROCMAP_QUERY_STRUCT.size, abi.PROCMAP_QUERY_COVERING_OR_NEXT_VMA, address)
+    arg = bytearray(abi.PROCMAP_QUERY_STRUCT.pack(*head, *[0] * 12))
+    try:
+        ioctl(maps, abi.PROCMAP_QUERY, arg)
+    except OSError as error:
+        if error.errno == ENOENT:
+            return None
+        raise
+    _, _, _, first, stop, flags, *_ = abi.PROCMAP_QUERY_STRUCT.unpack(arg)
+    bits = (abi.PROCMAP_QUERY_VMA_READABLE, abi.PROCMAP_QUERY_VMA_WRITABLE, abi.PROCMAP_QUERY_VMA_EXECUTABLE)
+    return first, stop, "".join(letter if flags & bit else "-" for letter, bit in zip("rwx", bits, strict=True))
 
 
 def _parse_line(line: str, flags: frozenset[str]) -> MapEntry:

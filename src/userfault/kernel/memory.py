@@ -34,6 +34,7 @@ __all__ = [
     "address_of",
     "advise",
     "fetch",
+    "is_mapped",
     "map_memory",
     "memmove",
     "mincore",
@@ -53,6 +54,7 @@ MAP_SHARED = mmap.MAP_SHARED
 MAP_PRIVATE = mmap.MAP_PRIVATE
 MAP_ANONYMOUS = mmap.MAP_ANONYMOUS
 
+_MS_ASYNC = 1
 _IOV_MAX = 1024  # ranges that the kernel takes in one call
 
 _size, _pointer, _int = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
@@ -65,6 +67,7 @@ libc.mremap.restype = ctypes.c_ssize_t
 _process_madvise = ctypes.CDLL(None, use_errno=True).syscall  # an object of its own, with types of its own
 _process_madvise.argtypes = (ctypes.c_long, _int, ctypes.c_char_p, _size, _int, ctypes.c_uint)
 _process_madvise.restype = ctypes.c_long
+libc.msync.argtypes = (_pointer, _size, _int)
 libc.write.argtypes = (_int, _pointer, _size)
 libc.write.restype = ctypes.c_ssize_t
 libc.mincore.argtypes = (_pointer, _size, ctypes.c_char_p)
@@ -204,6 +207,11 @@ def mincore(address: int, length: int) -> bytes:
     if libc.mincore(address, length, answer):
         raise failed("mincore", f"address {address:#x}, length {length}")
     return answer.raw
+
+
+def is_mapped(address: int, length: int) -> bool:
+    """Whether every page of a range is mapped: with MS_ASYNC that is all that msync(2) looks at."""
+    return not libc.msync(address, length, _MS_ASYNC)
 
 
 def memmove(dst: int, src: int, length: int) -> None:

@@ -12,21 +12,16 @@ Memory that is not accessible has nothing to hide.  What another thread drops in
 
 from __future__ import annotations
 
-import ctypes
-import os
 import re
 import time
-from errno import EAGAIN, EEXIST, EINVAL, ENOENT, ENOMEM, ENOTTY
-from fcntl import ioctl
-from struct import Struct
+from errno import EAGAIN, EEXIST, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
 from userfault.errors import KernelError
 from userfault.kernel import abi, memory
-from userfault.kernel.maps import read_maps
+from userfault.kernel.maps import query_maps
 from userfault.kernel.memory import PAGE_SIZE
 from userfault.kernel.pagemap import Pagemap
-from userfault.kernel.syscalls import libc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,14 +31,6 @@ if TYPE_CHECKING:
 CHUNK = 1 << 30
 PATIENCE = 1000
 _ZEROS = re.compile(rb"\0+")
-_MS_ASYNC = 1
-libc.msync.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-# linux/fs.h
-_PROCMAP_QUERY_STRUCT = Struct("=9Q4I2Q")
-_PROCMAP_QUERY = abi._IOWR(ord("f"), 17, _PROCMAP_QUERY_STRUCT)  # noqa: SLF001  # it has no other user
-_THIS_OR_NEXT = 0x10  # PROCMAP_QUERY_COVERING_OR_NEXT_VMA
-_ACCESSIBLE = 0x7  # readable, writable, executable
 
 
 def poison_holes(uffd: Userfaultfd, start: int, end: int, *, unmapped: bool) -> list[tuple[int, int]]:
@@ -84,40 +71,9 @@ def cure(poisoned: list[tuple[int, int]]) -> None:
 
 def accessible(start: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield the parts of a range that are mapped and may be touched, one for each mapping."""
-    for first, stop, may_be_touched in _mappings(start, end):
-        if may_be_touched:
+    for first, stop, permissions in query_maps(start, end):
+        if permissions != "---":
             yield max(start, first), min(end, stop)
-
-
-def _mappings(start: int, end: int) -> Iterator[tuple[int, int, bool]]:
-    """Yield the mappings of a range: start, end, and whether they are accessible.
-
-    One is asked for after the other: there may be 65530, and then it takes long to read them all, and more memory than
-    can still be had.  Before Linux 6.11 there is no other way.
-    """
-    maps = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        while start < end:
-            arg = bytearray(_PROCMAP_QUERY_STRUCT.pack(_PROCMAP_QUERY_STRUCT.size, _THIS_OR_NEXT, start, *[0] * 12))
-            ioctl(maps, _PROCMAP_QUERY, arg)
-            _, _, _, first, stop, flags, *_ = _PROCMAP_QUERY_STRUCT.unpack(arg)
-            if first >= end:
-                return
-            yield first, stop, bool(flags & _ACCESSIBLE)
-            start = stop
-    except OSError as error:
-        if error.errno == ENOTTY:
-            overlapping = (entry for entry in read_maps() if entry.start < end and start < entry.end)
-            yield from ((entry.start, entry.end, entry.permissions[:3] != "---") for entry in overlapping)
-        elif error.errno != ENOENT:  # none follows
-            raise KernelError(error.errno or 0, "ioctl(PROCMAP_QUERY)", f"address {start:#x}") from None
-    finally:
-        os.close(maps)
-
-
-def is_mapped(start: int, end: int) -> bool:
-    """Whether every page of a range is mapped: with MS_ASYNC that is all msync(2) looks at."""
-    return not libc.msync(start, end - start, _MS_ASYNC)
 
 
 def _missing(start: int, end: int) -> Iterator[tuple[int, int]]:

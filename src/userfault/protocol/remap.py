@@ -21,10 +21,9 @@ from errno import EAGAIN, EBUSY, EINVAL, ENOENT
 from typing import TYPE_CHECKING
 
 from userfault.errors import KernelError, UnsupportedError
-from userfault.kernel import abi
+from userfault.kernel import abi, memory
 from userfault.kernel.memory import PAGE_SIZE
 from userfault.kernel.userfaultfd import Userfaultfd
-from userfault.protocol import holes
 from userfault.protocol.constants import RAP_ALLOW_SRC_HOLES
 from userfault.protocol.marks import MARKS
 
@@ -66,7 +65,7 @@ def remap_anon_pages(dst: int, src: int, length: int, flags: int = 0) -> int:
         done, error = _move(uffd, dst, src, length, mode)
     if done:
         return done
-    if error == ENOENT and not holes.is_mapped(src, src + length):
+    if error == ENOENT and not memory.is_mapped(src, length):
         error = EINVAL
     raise KernelError(error, _CALL, _where(dst, src, length))
 

@@ -10,7 +10,6 @@ from userfault.kernel import memory
 from userfault.kernel.maps import read_maps
 from userfault.kernel.memory import PAGE_SIZE
 from userfault.kernel.userfaultfd import Userfaultfd
-from userfault.protocol import holes
 
 _SYSCTL = "vm.max_map_count may be reached: each separate piece costs two mappings; use adjacent pieces, or raise it"
 
@@ -24,7 +23,7 @@ def explain(error: KernelError, call: str, start: int, end: int) -> KernelError:
         number, detail = _judge(start, end, where)
         if call.startswith("madvise") and _nothing_there(start, end):
             number = ENOMEM  # as madvise(2) says it of any advice
-    elif number == ENOMEM and holes.is_mapped(start, end):
+    elif number == ENOMEM and memory.is_mapped(start, end - start):
         return explain_limit(error, where)
     else:
         detail = f"{where}: {error}"
