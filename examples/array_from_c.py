@@ -35,7 +35,9 @@ def start_pager(program: Path, exported: userfault.Exported, file: Path) -> subp
     """Start the pager, with the two descriptors that it needs."""
     fds = (exported.fileno(), exported.memory_fd)
     arguments = [program, *fds, exported.address, exported.size, file]
-    return subprocess.Popen([*map(str, arguments)], pass_fds=fds, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*map(str, arguments)], pass_fds=fds, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def read_all(memory: mmap.mmap, file: Path) -> int:

@@ -70,7 +70,11 @@ def main() -> None:
     exported = descriptor.export()
     fds = (exported.fileno(), exported.memory_fd)
     command = [sys.executable, __file__, *map(str, fds), str(exported.address)]
-    with subprocess.Popen(command, pass_fds=fds), exported, ThreadPoolExecutor(THREADS) as threads:
+    with (
+        subprocess.Popen(command, pass_fds=fds, start_new_session=True),
+        exported,
+        ThreadPoolExecutor(THREADS) as threads,
+    ):
         touch(exported.address)  # the pager has started when this returns
         began = time.perf_counter()
         addresses = range(exported.address, exported.address + exported.size, PAGE_SIZE)

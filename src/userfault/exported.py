@@ -12,7 +12,7 @@ import socket
 import sys
 import warnings
 import weakref
-from errno import EINVAL, EMFILE, ENFILE
+from errno import EINVAL, EMFILE, ENFILE, EPIPE
 from itertools import pairwise
 from threading import RLock
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _CALL = "export(userfaultfd)"
 _MARKED = "mark it first: userfault.madvise(memory, userfault.protocol.MADV_USERFAULT)"
-_MEMFD = "it takes one shared mapping of a memfd, mapped readable and writable"
+_MEMFD = "it takes one shared mapping of a memory file (memfd, tmpfs), mapped readable and writable"
 _TOO_MANY = "it takes some 6 descriptors here, and as many in the pager; close some, or raise the limit (ulimit -n)"
 _REMEDY = "pass the descriptor that was mapped: export(memory_fd=...)"
 
@@ -89,7 +89,7 @@ class UserfaultFD(Descriptor):
 
     def _exportable(self) -> tuple[int, int, MapEntry]:
         """Return the one range that can be exported, and its mapping."""
-        self.fileno()
+        self._check_open("export")
         pieces = sorted(MARKS.of(self.kernel), key=lambda piece: piece[0])
         if not pieces or any(one[1] != other[0] for one, other in pairwise(pieces)):
             raise KernelError(EINVAL, _CALL, f"{len(pieces)} separate ranges are registered with it, and it takes one")
@@ -104,7 +104,8 @@ class UserfaultFD(Descriptor):
 
     def close(self) -> None:
         """Close it, and the exported descriptor. See `Descriptor.close`."""
-        exported = self._export() if self._export else None
+        with self._lock:  # an export may be under way
+            exported = self._export() if self._export else None
         if exported is not None and not exported.closed:
             exported.close()
         else:
@@ -234,10 +235,14 @@ class Exported:
 
         Raises:
             ValueError: It is closed.
+            KernelError: EPIPE: a program has shut the descriptor down (shutdown(2)), and nothing undoes that.
             PagerLostError: There is no pager any more.
         """
         self.fileno()
-        self._link.request(Message(wire.RENEW, region=self._id))
+        try:
+            self._link.request(Message(wire.RENEW, region=self._id))
+        except StoreError as error:
+            raise KernelError(EPIPE, "renew(userfaultfd)", error.cause) from error
 
     def close(self) -> None:
         """End it, and the `UserfaultFD` it was made of: the program reads the end of the file.
@@ -245,20 +250,28 @@ class Exported:
         A page that is missing, and one that the program has not announced, is a SIGBUS from then on, also for threads
         that wait. Closing twice is fine.
         """
+        if self._pid != os.getpid():  # whoever held the lock at the fork is not here
+            if not self.closed:
+                self.closed = True
+                self._end()
+            return
         with self._lock:
             if self.closed:
                 return
-            self.closed = True
-            if self._pid == os.getpid():
+            try:
                 with contextlib.suppress(Error):  # lost or closed: then nobody serves it any more
                     self._link.request(Message(wire.CLOSE, region=self._id))
+            finally:  # whatever a signal handler raised
+                self.closed = True
                 self._link.closed()
-            self._end()
+                self._end()
 
     def _end(self) -> None:
-        self._owner.close()
-        self._socket.close()
-        os.close(self.memory_fd)
+        try:
+            self._owner.close()
+        finally:
+            self._socket.close()
+            os.close(self.memory_fd)
 
     def __enter__(self) -> Self:
         return self

@@ -56,7 +56,7 @@ def assert_unchanged(scene: Scene, descriptor: UserfaultFD, address: int) -> Non
 def test_anonymous_memory_cannot_be_exported(scene: Scene) -> None:
     address = scene.stage.anonymous(2)
     descriptor = scene.registered(address, 2)
-    with refused(errno.EINVAL, "shared mapping of a memfd"):
+    with refused(errno.EINVAL, "shared mapping of a memory file"):
         descriptor.export(pager=scene.pager)
     assert_unchanged(scene, descriptor, address)
 

@@ -16,6 +16,7 @@ import pytest
 from tests.conformance.exported_tools import IN, OUT, VERSION, make_ground, make_scene  # noqa: F401
 from tests.conformance.protocol_tools import there, wait_until
 
+from userfault.errors import KernelError
 from userfault.kernel.memory import PAGE_SIZE
 from userfault.protocol import Register, Unregister, Wake
 
@@ -389,6 +390,9 @@ def test_a_program_that_shuts_its_end_down(scene: Scene, ground: Ground, half: i
         assert served.program.poll() & IN
     if half == socket.SHUT_RDWR:
         assert ground.rests(0.1)
+    with pytest.raises(KernelError, match="shut the descriptor down") as renewed:
+        served.exported.renew()
+    assert renewed.value.errno == EPIPE
     served.exported.close()
     assert all(touch.result().signal for touch in touches)
 

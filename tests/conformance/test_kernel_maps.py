@@ -120,8 +120,8 @@ def test_the_mappings_of_a_range_are_those_of_the_whole_list(
     found = list(maps.query_maps(start, end))
 
     listed = [entry for entry in maps.read_maps() if entry.start < end and start < entry.end]
-    assert found == [(entry.start, entry.end, entry.permissions[:3]) for entry in listed]
-    assert {"---", "r--"} <= {permissions for _, _, permissions in found}
+    assert found == [(entry.start, entry.end, entry.permissions[:3], entry.inode) for entry in listed]
+    assert {"---", "r--"} <= {permissions for _, _, permissions, _ in found}
     assert list(maps.query_maps(1 << 46, (1 << 46) + arena.page)) == []
 
 

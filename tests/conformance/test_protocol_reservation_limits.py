@@ -113,7 +113,15 @@ def test_a_piece_that_cannot_be_cut_out_at_the_limit_stays_open(run_child: RunCh
     print(refused(userfault.madvise, (ordinary + P, P), userfault.protocol.MADV_USERFAULT))
     print(refused(descriptor.register, (ordinary + P, P)), memory.view(ordinary + P, P)[0])
     descriptor.unregister((ordinary + P, P))
+    spare = []  # what the threads that changes are made in have left behind
+    try:
+        while True:
+            spare.append(memory.map_memory(P, prot=len(spare) % 2))
+    except KernelError:
+        pass
     print(refused(joined[2].close), joined[2].closed, joined[2] in reservation.pieces)
+    for address in spare:
+        memory.unmap(address, P)
     descriptor.place(joined[2].address, b"x" * P)
     print(bytes(joined[2].memory[:1]))
     joined[4].close()  # at the edge
@@ -172,6 +180,7 @@ def test_a_piece_is_never_seen_before_it_is_marked(stage: Stage, reservation: Re
         piece = reservation.piece(stage.page, descriptor if turn % 2 else None)
         if turn % 4 == 1:
             descriptor.place(piece.address, page_of(7))
+            descriptor.kernel.wake(piece.address, stage.page)  # whoever was there before the page looks again
         go_on()
         piece.close()
         go_on()

@@ -207,7 +207,7 @@ def test_a_waiting_thread_is_counted_before_and_after_its_message_is_read(start:
     assert "a thread of Python cannot while one that waits here holds the GIL" in unread["advice"]
     assert (read["pending"], read["total"]) == (0, 1)
     assert read["waiting"] == "1 thread waits; the pager has read its message"
-    assert "hangs while it fetches the pages" in read["advice"]
+    assert "hangs while it fetches the page" in read["advice"]
 
 
 def test_ranges_whose_descriptor_is_elsewhere_are_shown(start: Start, run: Run) -> None:

@@ -95,7 +95,7 @@ def test_messages_that_nobody_reads_mean_that_the_pager_hangs() -> None:
 def test_a_process_that_must_serve_itself_is_told_of_the_gil() -> None:
     said = meaning.advice(_info(1, 1), _APPLICATION, [])
 
-    assert "a thread of this one must read it" in said
+    assert "a thread of this one must answer" in said
     assert "holds the GIL" in said
 
 

@@ -36,9 +36,14 @@ _MODES = {UFFD_MISSING: "missing", UFFD_WP: "write-protected", UFFD_MINOR: "mino
 _HUGETLB = "ht"  # of the VmFlags line, as those above
 _STAYS = "If it is the same when you look again, "
 _UNREAD = f"{_STAYS}nobody reads: the pager hangs."
-_UNREAD_ALONE = (
-    f"{_STAYS}nobody reads. No other process is seen to hold this userfaultfd, so that a thread of this one must read "
-    "it, and a thread of Python cannot while one that waits here holds the GIL: a pager needs a process of its own."
+_ALONE = (
+    "No other process is seen to hold this userfaultfd, so that a thread of this one must answer, and a thread of "
+    "Python cannot while one that waits here holds the GIL: a pager needs a process of its own."
+)
+_UNREAD_ALONE = f"{_STAYS}nobody reads. {_ALONE}"
+_UNANSWERED_ALONE = f"{_STAYS}the pager hangs while it fetches the page. {_ALONE}"
+_UNANSWERED_EXPORTED = (
+    f"{_STAYS}the program behind the exported descriptor hangs, or has ended: Exported.renew() lets another one begin."
 )
 _UNANSWERED = (
     f"{_STAYS}the pager hangs while it fetches the pages, or it has died and whoever came after it has not woken the "
@@ -75,9 +80,12 @@ def advice(info: FdInfo, process: Process, others: Sequence[Process]) -> str:
     stopped = [_stopped(one) for one in (process, *others) if "stop" in one.state]
     if stopped:
         return " ".join(stopped)
-    if not info.pending:
-        return _UNANSWERED
-    return _UNREAD if others else _UNREAD_ALONE
+    if info.pending:
+        return _UNREAD if others else _UNREAD_ALONE
+    if not others:
+        return _UNANSWERED_ALONE
+    exported = kind(info) == "protocol" and any(one.role for one in others)
+    return _UNANSWERED_EXPORTED if exported else _UNANSWERED
 
 
 def _stopped(process: Process) -> str:

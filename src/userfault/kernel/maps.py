@@ -122,8 +122,8 @@ def parse_smaps(text: str) -> Iterator[MapEntry]:
         yield _parse_line(header, flags)
 
 
-def query_maps(start: int, end: int) -> Iterator[tuple[int, int, str]]:
-    """Yield the mappings of this process that a range touches: start, end, and permissions such as `"rw-"`.
+def query_maps(start: int, end: int) -> Iterator[tuple[int, int, str, int]]:
+    """Yield the mappings of this process that a range touches: start, end, permissions such as `"rw-"`, and inode.
 
     One is asked for after the other (PROCMAP_QUERY, Linux 6.11): there may be 65530 of them, and then it takes long to
     read them all, and more memory than can still be had. Before 6.11 they are all read.
@@ -143,12 +143,12 @@ def query_maps(start: int, end: int) -> Iterator[tuple[int, int, str]]:
         if error.errno != ENOTTY:
             raise KernelError(error.errno or 0, "ioctl(PROCMAP_QUERY)", f"address {start:#x}") from None
         overlapping = (entry for entry in read_maps() if entry.start < end and start < entry.end)
-        yield from ((entry.start, entry.end, entry.permissions[:3]) for entry in overlapping)
+        yield from ((entry.start, entry.end, entry.permissions[:3], entry.inode) for entry in overlapping)
     finally:
         os.close(maps)
 
 
-def _query(maps: int, address: int) -> tuple[int, int, str] | None:
+def _query(maps: int, address: int) -> tuple[int, int, str, int] | None:
     """Ask for the mapping at an address, or the next; None if there is none."""
     head = (abi.PROCMAP_QUERY_STRUCT.size, abi.PROCMAP_QUERY_COVERING_OR_NEXT_VMA, address)
     arg = bytearray(abi.PROCMAP_QUERY_STRUCT.pack(*head, *[0] * 12))
@@ -158,9 +158,10 @@ def _query(maps: int, address: int) -> tuple[int, int, str] | None:
         if error.errno == ENOENT:
             return None
         raise
-    _, _, _, first, stop, flags, *_ = abi.PROCMAP_QUERY_STRUCT.unpack(arg)
+    _, _, _, first, stop, flags, _, _, inode, *_ = abi.PROCMAP_QUERY_STRUCT.unpack(arg)
     bits = (abi.PROCMAP_QUERY_VMA_READABLE, abi.PROCMAP_QUERY_VMA_WRITABLE, abi.PROCMAP_QUERY_VMA_EXECUTABLE)
-    return first, stop, "".join(letter if flags & bit else "-" for letter, bit in zip("rwx", bits, strict=True))
+    permissions = "".join(letter if flags & bit else "-" for letter, bit in zip("rwx", bits, strict=True))
+    return first, stop, permissions, inode
 
 
 def _parse_line(line: str, flags: frozenset[str]) -> MapEntry:

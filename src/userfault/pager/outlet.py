@@ -181,6 +181,8 @@ class Outlet:
         with self._lock:
             if number <= self.words[book.W_RENEWED]:
                 return
+            if self._is_shut():
+                raise OSError(errno.EPIPE, "a program has shut the descriptor down: close it, and export anew")
             wire.drain(self.theirs)
             wire.drain(self.ours)
             self._sent = self._parked = 0
@@ -188,6 +190,13 @@ class Outlet:
             self._wake_all()
             self.pump()
             self.words[book.W_RENEWED] = number
+
+    def _is_shut(self) -> bool:
+        """Whether the program has used shutdown(2), which nothing undoes."""
+        poll = select.poll()
+        for end in (self.ours, self.theirs):
+            poll.register(end, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Let go of it: the other side finds the end of the file."""
@@ -256,7 +265,7 @@ class Outlet:
         """Find out how many of our packets have been read, and have them count as read."""
         if not self._sent:
             return
-        left = _count(self.ours, _TIOCOUTQ) // self._cost
+        left = min(_count(self.ours, _TIOCOUTQ) // self._cost, self._sent)
         for _ in range(self._sent - left):
             self.connection.read(8)
         self._sent = left

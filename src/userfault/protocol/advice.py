@@ -22,7 +22,7 @@ def madvise(memory_or_range: Memory, advice: Advice) -> None:
     Args:
         memory_or_range: A buffer that begins at a page (an `mmap`, an array over one), which is held until it is
             neither marked nor registered: closing the `mmap` before that is a BufferError. Or a pair of address and
-            length in bytes, which the caller keeps mapped. Anonymous, or a shared mapping of a memory file.
+            length in bytes, which the caller keeps mapped. Anonymous, or a mapping of a memory file (memfd, tmpfs).
         advice: `protocol.MADV_USERFAULT` or `protocol.MADV_NOUSERFAULT`.
 
     Raises:

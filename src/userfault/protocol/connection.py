@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from errno import EAGAIN, EINVAL, ENOENT
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from userfault.errors import LocalProtocolError
 from userfault.protocol.constants import USERFAULTFD_PROTOCOL, USERFAULTFD_UNKNOWN_PROTOCOL
 from userfault.protocol.messages import RANGE, WORD, Acknowledgement, Fault, Refusal, Version, Wake, parse_range
-from userfault.protocol.states import POLL, TRANSITIONS, State, Step, poll_bits
+from userfault.protocol.states import LEAST, POLL, TRANSITIONS, State, Step, poll_bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -88,17 +89,26 @@ class Connection:
         """
         return self.obey(self.parse(data))
 
+    def expects(self) -> int:
+        """Tell how many bytes a write takes now.
+
+        Raises:
+            LocalProtocolError: EINVAL: nothing may be written.
+        """
+        if self.state not in LEAST:
+            raise self._refused("write", EINVAL, "the answer to what was written before has not been read")
+        return LEAST[self.state]
+
     def parse(self, data: bytes) -> Command:
         """The first half of `write`: tell which command it is. Nothing is changed.
 
         Raises:
             LocalProtocolError: EINVAL, ERANGE.
         """
+        least = self.expects()
         if self.state is State.RUNNING:
             return parse_range(data)
-        if self.state is not State.ASK_PROTOCOL:
-            raise self._refused("write", EINVAL, "the answer to what was written before has not been read")
-        if len(data) < WORD.size:
+        if len(data) < least:
             raise self._refused("write", EINVAL, f"{len(data)} bytes: a protocol version is a 64-bit word")
         return Version(*WORD.unpack_from(data))
 
@@ -129,7 +139,8 @@ class Connection:
         if data is None:
             raise BlockingIOError(EAGAIN, "read(userfaultfd): no fault is unread")
         if self.state is State.RUNNING:
-            self._hand_out(self._unread.popleft())
+            self._hand_out(self._unread[0])
+            self._unread.popleft()  # last: a signal handler may raise in between, and told twice is better than never
         self._step(Step.READ)
         return data
 
@@ -190,18 +201,27 @@ class Connection:
         self._step(Step.KNOWN if version.number in self.versions else Step.UNKNOWN)
         return Written(version, WORD.size)
 
-    def _take(self, wake: Wake) -> tuple[Fault, ...]:
-        """Take out the faults that a range write ends."""
+    def ended_by(self, wake: Wake) -> tuple[Fault, ...]:
+        """Return the faults that a range write ends.
+
+        Raises:
+            LocalProtocolError: ENOENT: there is none.
+        """
         woken = tuple(fault for fault in self._read if wake.start <= fault.address < wake.end)
         if not woken:
             detail = f"nobody waits in [{wake.start:#x}, {wake.end:#x}) whose fault has been read; no harm is done"
             raise self._refused("write", ENOENT, detail)
+        return woken
+
+    def _take(self, wake: Wake) -> tuple[Fault, ...]:
+        """Take those out."""
+        woken = self.ended_by(wake)
         self._read = [fault for fault in self._read if not wake.start <= fault.address < wake.end]
         return woken
 
     def _hand_out(self, fault: Fault) -> None:
         """Count a fault as read, unless its thread has gone on and waits elsewhere: that is unread yet."""
-        if not fault.thread or all(later.thread != fault.thread for later in self._unread):
+        if not fault.thread or all(later.thread != fault.thread for later in islice(self._unread, 1, None)):
             self._read.append(fault)
 
     def _step(self, step: Step) -> None:

@@ -25,6 +25,7 @@ Some facts about userfaultfd, and what follows
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import sys
@@ -42,7 +43,7 @@ from userfault.kernel.process import waits_in_user_fault
 from userfault.protocol.connection import Connection, fdinfo_text
 from userfault.protocol.constants import FEATURES, UFFD_CLOEXEC, UFFD_NONBLOCK, USERFAULTFD_PROTOCOL
 from userfault.protocol.marks import MARKS, extent, open_with_move
-from userfault.protocol.messages import RANGE, Register, Unregister, Version
+from userfault.protocol.messages import RANGE, Register, Unregister, Version, Wake
 from userfault.protocol.states import State, poll_bits
 from userfault.protocol.waiting import Bells, take_message
 
@@ -98,6 +99,8 @@ class Descriptor:
         self._placing = RLock()
         """Held while a page is placed, and while a range leaves: a page placed in between would be cured away."""
         self._bells = Bells()
+        self._inbox = bytearray(abi.UFFD_MSG_SIZE)
+        """A message of the kernel's that has not been made a fault yet; its first byte is 0 if there is none."""
         self._given = ""
         """Why reading and writing are somebody else's now."""
         self._pid = os.getpid()
@@ -164,8 +167,11 @@ class Descriptor:
         try:
             data = self._connection.read(length)
         except BlockingIOError:
-            _code, _flags, address, thread = _message(take_message(self._uffd))
+            if not self._inbox[0]:
+                take_message(self._uffd, self._inbox)
+            _code, _flags, address, thread = _message(self._inbox)
             self._connection.fault(address, thread)
+            self._inbox[0] = 0
             data = self._connection.read(length)
         self._bells.ring()
         return data
@@ -183,22 +189,25 @@ class Descriptor:
             LocalProtocolError: EINVAL, ERANGE, ENOENT: see `protocol.Connection.write`.
             KernelError: EFAULT: the buffer cannot be read. EBUSY, EINVAL, ENOMEM: as `register`. EBADF: closed.
         """
-        taken = _bytes_of(data)
+        with self._lock:
+            self._check_open("write")
+            least = self._connection.expects()
+        taken = _bytes_of(data, least)
         with self._lock:
             self._check_open("write")
             self._reconcile()
-            written = self._connection.write(taken)
-            command = written.command
-            if isinstance(command, Register | Unregister):
+            command = self._connection.parse(taken)
+            if isinstance(command, Wake):  # woken before they are forgotten: a signal handler may raise in between
+                for page in sorted({fault.page for fault in self._connection.ended_by(command)}):
+                    self._uffd.wake(page, PAGE_SIZE)
+            elif isinstance(command, Register | Unregister):
                 self._check_own("write")
             if isinstance(command, Register):
                 MARKS.attach(command.start, command.end, self._uffd, None)
             elif isinstance(command, Unregister):
                 with self._placing:
                     MARKS.detach(command.start, command.end, self._uffd)
-            else:
-                for page in sorted({fault.page for fault in written.woken}):
-                    self._uffd.wake(page, PAGE_SIZE)
+            written = self._connection.obey(command)
             self._bells.ring()
         return written.length
 
@@ -212,8 +221,7 @@ class Descriptor:
             self._check_open("poll")
             if self._connection.state is not State.RUNNING:
                 return self._connection.poll()
-            found = self._uffd.fdinfo()
-            return poll_bits(found.pending, found.total - found.pending)
+            return poll_bits(*self._waiting())
 
     def wait(self, timeout: float | None = None, events: int = ANY) -> int:
         """Wait until `poll` says one of `events`; return what it says, 0 when the time is up.
@@ -247,8 +255,14 @@ class Descriptor:
         with self._lock:
             if self._closed:
                 raise KernelError(EBADF, "fdinfo(userfaultfd)", "it is closed")
-            found = self._uffd.fdinfo()
-            return fdinfo_text(found.pending, found.total, self._connection.versions)
+            unread, read = self._waiting()
+            return fdinfo_text(unread, unread + read, self._connection.versions)
+
+    def _waiting(self) -> tuple[int, int]:
+        """Count the threads that wait: those whose fault is unread, and the others."""
+        found = self._uffd.fdinfo()
+        held = self._connection.unread + bool(self._inbox[0])  # after a read that a signal handler has ended
+        return found.pending + held, max(found.total - found.pending - held, 0)
 
     # -- more than the proposal had ------------------------------------------------------------------------------
 
@@ -308,7 +322,11 @@ class Descriptor:
             KernelError: EEXIST: a page is there. EINVAL: not whole pages. ENOENT: not a range of this descriptor.
         """
         source, length = memory.address_of(data), memoryview(data).nbytes
-        with self._placing:
+        if length and self._uffd in MARKS.keepers(source, source + length):  # may have to wait: not with the lock held
+            copied = ctypes.create_string_buffer(length)
+            memory.memmove(ctypes.addressof(copied), source, length)
+            source = ctypes.addressof(copied)
+        with self._placing, MARKS.forked.share_with_parent():
             return self._place(address, source, length)
 
     def _place(self, address: int, source: int, length: int) -> int:
@@ -335,11 +353,13 @@ class Descriptor:
         with self._lock:
             if self._closed:
                 return
+            closable = True
             if self._pid == os.getpid():
                 with self._placing:
-                    MARKS.release(self._uffd)
+                    closable = MARKS.release(self._uffd)
             self._closed = True
-            self._uffd.close()
+            if closable:
+                self._uffd.close()
             self._bells.ring()
             _alive.discard(self)
 
@@ -368,7 +388,10 @@ class Descriptor:
     def _reconcile(self) -> None:
         """Forget faults whose threads wait no longer: a signal interrupted them, or somebody else has woken them."""
         if self._connection.read_faults:
-            found = self._uffd.fdinfo()
+            try:
+                found = self._uffd.fdinfo()
+            except KernelError:  # out of descriptors: what is out of date does no harm
+                return
             waiting = found.total - found.pending
             if waiting < self._connection.read_faults:  # whoever waits anew, unread, waits in a fault too
                 self._connection.retain(lambda fault: bool(waiting) and _waits(fault.thread))
@@ -376,6 +399,7 @@ class Descriptor:
     def begin_in_child(self) -> None:
         """After a fork: other threads are gone, and whatever they held."""
         self._lock, self._placing = RLock(), RLock()
+        self._bells.end()
         self._bells = Bells()
 
     def __enter__(self) -> Self:
@@ -400,8 +424,8 @@ class Descriptor:
         return f"<{name} {where} {self.state.name}>"
 
 
-def _bytes_of(data: Buffer) -> bytes:
-    """Return what counts of a buffer that was written.
+def _bytes_of(data: Buffer, least: int) -> bytes:
+    """Return what counts of a buffer that was written; what is too short anyway is not looked at.
 
     Raises:
         KernelError: EFAULT: the memory cannot be read. (A bytes object is its own proof.)
@@ -409,6 +433,8 @@ def _bytes_of(data: Buffer) -> bytes:
     if isinstance(data, bytes | bytearray):
         return bytes(data[: RANGE.size])
     view = memoryview(data)
+    if view.nbytes < least:
+        return bytes(view.nbytes)
     return memory.fetch(memory.address_of(view), min(view.nbytes, RANGE.size))
 
 

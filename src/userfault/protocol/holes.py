@@ -12,9 +12,10 @@ Memory that is not accessible has nothing to hide.  What another thread drops in
 
 from __future__ import annotations
 
+import os
 import re
 import time
-from errno import EAGAIN, EEXIST, EINVAL, ENOMEM
+from errno import EAGAIN, EEXIST, EFAULT, EINVAL, EMFILE, ENFILE, ENOMEM
 from typing import TYPE_CHECKING
 
 from userfault.errors import KernelError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from userfault.kernel.userfaultfd import Userfaultfd
 
 CHUNK = 1 << 30
+CURE = 1 << 24
+"""Bytes between two looks when poison is taken away."""
 PATIENCE = 1000
 _ZEROS = re.compile(rb"\0+")
 
@@ -47,20 +50,35 @@ def poison_holes(uffd: Userfaultfd, start: int, end: int, *, unmapped: bool) -> 
     """
     poisoned: list[tuple[int, int]] = []
     try:
-        for first, stop in accessible(start, end):
-            for at in range(first, stop, CHUNK):
-                find = _unmapped if unmapped else _missing
-                for hole in find(at, min(at + CHUNK, stop)):
-                    poisoned += _poison(uffd, *hole)
+        for hole in _holes(start, end, unmapped=unmapped):
+            poisoned += _poison(uffd, *hole)
     except BaseException:
         cure(poisoned)
         raise
     return poisoned
 
 
+def _holes(start: int, end: int, *, unmapped: bool) -> Iterator[tuple[int, int]]:
+    try:
+        for first, stop, is_file in accessible(start, end):
+            for at in range(first, stop, CHUNK):
+                end_of_chunk = min(at + CHUNK, stop)
+                yield from _unmapped(at, end_of_chunk) if unmapped else _missing(at, end_of_chunk, is_file)
+    except KernelError as error:
+        if error.errno not in (EMFILE, ENFILE):
+            raise
+        yield start, end  # no descriptor to look with: the kernel skips what is there
+
+
 def cure(poisoned: list[tuple[int, int]]) -> None:
-    """Make poisoned parts holes again."""
-    for start, end in poisoned:
+    """Make poisoned parts holes again, but for pages that have been placed there meanwhile."""
+    for first, stop in poisoned:
+        for at in range(first, stop, CURE):
+            _cure(at, min(at + CURE, stop))
+
+
+def _cure(at: int, stop: int) -> None:
+    for start, end in _markers(at, stop):
         try:
             memory.advise(start, end - start, abi.MADV_DONTNEED)
         except KernelError as error:
@@ -69,22 +87,41 @@ def cure(poisoned: list[tuple[int, int]]) -> None:
             memory.advise(start, end - start, abi.MADV_DONTNEED_LOCKED)  # mlock(2)ed; Linux 5.18
 
 
-def accessible(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a range that are mapped and may be touched, one for each mapping."""
-    for first, stop, permissions in query_maps(start, end):
+def accessible(start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+    """Yield the parts of a range that are mapped and may be touched, by mappings, and whether that is a file's."""
+    for first, stop, permissions, inode in query_maps(start, end):
         if permissions != "---":
-            yield max(start, first), min(end, stop)
+            yield max(start, first), min(end, stop), bool(inode)
 
 
-def _missing(start: int, end: int) -> Iterator[tuple[int, int]]:
-    for run in _ZEROS.finditer(memory.mincore(start, end - start)):
-        yield start + run.start() * PAGE_SIZE, start + run.end() * PAGE_SIZE
+def _missing(start: int, end: int, is_file: bool) -> Iterator[tuple[int, int]]:
+    there = memory.mincore(start, end - start)
+    if is_file and os.geteuid() and b"\0" not in there:
+        # Of a file that the caller neither owns nor may write by its mode, mincore(2) says that all is there.
+        yield from _unmapped(start, end)
+    else:
+        yield from _runs(start, there)
 
 
 def _unmapped(start: int, end: int) -> Iterator[tuple[int, int]]:
     with Pagemap() as pagemap:
         words = pagemap.words(start, end - start)
-    there = bytes(1 if word >> 62 else 0 for word in words)  # present, or swapped: the two highest bits
+    # Present, or swapped, are the two highest bits.
+    yield from _runs(start, bytes(1 if word >> 62 else 0 for word in words))
+
+
+def _markers(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Find what is still poisoned: for the page table a marker is a swapped page, and not present."""
+    try:
+        with Pagemap() as pagemap:
+            words = pagemap.words(start, end - start)
+    except KernelError:  # no descriptor to look with
+        yield start, end
+        return
+    yield from _runs(start, bytes(1 if word & abi.PM_PRESENT else 0 for word in words))
+
+
+def _runs(start: int, there: bytes) -> Iterator[tuple[int, int]]:
     for run in _ZEROS.finditer(there):
         yield start + run.start() * PAGE_SIZE, start + run.end() * PAGE_SIZE
 
@@ -96,7 +133,7 @@ def _poison(uffd: Userfaultfd, at: int, end: int) -> Iterator[tuple[int, int]]:
         if done:
             yield at, at + done
             at += done  # whatever stopped it, the next call will say
-        elif error == EEXIST:
+        elif error in (EEXIST, EFAULT):  # a page is there; or it lies beyond the end of its file, a SIGBUS anyway
             at += PAGE_SIZE
         elif error in (EAGAIN, ENOMEM) and impatience < PATIENCE:
             impatience += 1

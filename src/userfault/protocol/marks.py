@@ -27,19 +27,23 @@ Facts that follow from this being a table beside the kernel's own:
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from dataclasses import dataclass, replace
 from errno import EBUSY, EINVAL, ENOMEM
-from threading import RLock
-from typing import TYPE_CHECKING, TypeAlias
+from threading import RLock, get_ident
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from userfault.errors import KernelError, UnsupportedError
 from userfault.kernel import abi, memory
+from userfault.kernel.maps import query_maps
 from userfault.kernel.memory import PAGE_SIZE
 from userfault.kernel.userfaultfd import Userfaultfd
 from userfault.protocol import holes
 from userfault.protocol.constants import GUARD_FEATURES
+from userfault.protocol.forked import ForkLock
 from userfault.protocol.ranges import RangeMap
+from userfault.protocol.shield import to_the_end
 from userfault.protocol.verdicts import check_there, explain
 
 if TYPE_CHECKING:
@@ -48,6 +52,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     Memory: TypeAlias = Buffer | tuple[int, int]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _MISSING, _MINOR = abi.UFFDIO_REGISTER_MODE_MISSING, abi.UFFDIO_REGISTER_MODE_MINOR
 _REGISTER, _UNREGISTER = "ioctl(UFFDIO_REGISTER)", "ioctl(UFFDIO_UNREGISTER)"
@@ -111,6 +118,18 @@ def extent(memory_or_range: Memory) -> tuple[int, int, object]:
     return address, end, kept
 
 
+def _shielded(method: Callable[Concatenate[Marks, P], T]) -> Callable[Concatenate[Marks, P], T]:
+    """Have a method do its work to the end, unless it is called in the middle of other work (by a finalizer)."""
+
+    @functools.wraps(method)
+    def call(self: Marks, *args: P.args, **kwargs: P.kwargs) -> T:
+        if self.is_locked():
+            return method(self, *args, **kwargs)
+        return to_the_end(lambda: method(self, *args, **kwargs))
+
+    return call  # type: ignore[return-value]  # mypy knows `self` by its name only
+
+
 class Marks:
     """The table of this process. Any thread; a forked child begins with an empty one."""
 
@@ -119,11 +138,22 @@ class Marks:
         """Held while ranges change keepers. A finalizer may run while this thread holds it."""
         self._map = RangeMap(_alike)
         self._guard: Userfaultfd | None = None
+        self.forked = ForkLock()
+        self._at_work = 0
+        """The thread that is changing the table."""
+        self._dying: list[Userfaultfd] = []
+        """Descriptors that a finalizer wanted to close in the middle of that."""
         self._inherited: RangeMap[Holding] | None = None
         """The table of the process that this one was forked from."""
 
+    def is_locked(self) -> bool:
+        """Whether the calling thread holds the lock."""
+        owned: bool = self.lock._is_owned()  # type: ignore[attr-defined]  # noqa: SLF001  # as threading.Condition does
+        return owned
+
     # -- what changes --------------------------------------------------------------------------------------------
 
+    @_shielded
     def mark(self, start: int, end: int, kept: object) -> None:
         """Missing pages of a range are no longer filled with zeros.
 
@@ -132,12 +162,16 @@ class Marks:
                 marked. ENOMEM: not mapped.
             UnsupportedError: No userfaultfd for this process, or too old a kernel.
         """
-        self._change(start, end, lambda old: _held(replace(old, marked=True), kept), "madvise(MADV_USERFAULT)")
+        call = "madvise(MADV_USERFAULT)"
+        self._change(start, end, lambda old: _held(replace(old, marked=True), kept), call)
+        _keep_private(start, end)  # it may have been marked, and be another mapping since
 
+    @_shielded
     def unmark(self, start: int, end: int) -> None:
         """Missing pages of a range are zeros again; threads that wait there find these. It need not be marked."""
         self._change(start, end, lambda old: replace(old, marked=False, minor=False), "madvise(MADV_NOUSERFAULT)")
 
+    @_shielded
     def attach(self, start: int, end: int, uffd: Userfaultfd, kept: object) -> None:
         """Register a range with a descriptor: all of it or nothing.
 
@@ -149,6 +183,7 @@ class Marks:
             self._check_owner(start, end, uffd)
             self._change(start, end, lambda old: _held(replace(old, owner=uffd), kept), _REGISTER)
 
+    @_shielded
     def detach(self, start: int, end: int, uffd: Userfaultfd) -> None:
         """Take a range from a descriptor; parts that it does not have are skipped.
 
@@ -160,15 +195,41 @@ class Marks:
             self._check_owner(start, end, uffd)
             self._change(start, end, lambda old: replace(old, owner=None), _UNREGISTER)
 
-    def release(self, uffd: Userfaultfd) -> None:
-        """Take all its ranges from a descriptor that is about to be closed; threads that wait there get SIGBUS."""
-        with self.lock:
-            for start, end, holding in self.of(uffd):
-                if holding.marked and not _still_has(uffd, start, end, holding.mode):
-                    self.forget(start, end)  # unmapped meanwhile: there is nobody to protect
-                else:
-                    self._change(start, end, lambda old: replace(old, owner=None), _UNREGISTER)
+    @_shielded
+    def release(self, uffd: Userfaultfd) -> bool:
+        """Take all its ranges from a descriptor that is about to be closed; threads that wait there get SIGBUS.
 
+        Returns:
+            Whether it may be closed now. If not (a finalizer has come in the middle of a change) it will be.
+        """
+        return self._release(uffd)
+
+    def _release(self, uffd: Userfaultfd) -> bool:
+        with self.lock:
+            if self._at_work == get_ident():
+                self._dying.append(uffd)
+                return False
+            for start, end, holding in self.of(uffd):
+                if not holding.marked or _still_has(uffd, start, end, holding.mode):
+                    self._let_go(start, end)
+                else:
+                    self._let_go_by_mapping(start, end, uffd, holding.mode)
+            return True
+
+    def _let_go(self, start: int, end: int) -> None:
+        self._change(start, end, lambda old: replace(old, owner=None), _UNREGISTER)
+
+    def _let_go_by_mapping(self, start: int, end: int, uffd: Userfaultfd, mode: int) -> None:
+        """Let go of a range of which parts were unmapped, or are another's by now: there is nobody to protect there."""
+        for first, stop, _, _ in list(query_maps(start, end)):
+            first, stop = max(first, start), min(stop, end)  # noqa: PLW2901  # the part of the range
+            if _still_has(uffd, first, stop, mode):
+                self._let_go(first, stop)
+        for first, stop, holding in self._map.pieces(start, end):
+            if holding is not None and holding.owner is uffd:
+                self.forget(first, stop)
+
+    @_shielded
     def make_minor(self, start: int, end: int, uffd: Userfaultfd) -> None:
         """From now on pages that are in the file, and not mapped, are faults too.
 
@@ -212,6 +273,7 @@ class Marks:
         """Change what is known of a range, piece by piece, and take all of it back if one cannot be changed."""
         done: list[tuple[int, int, Holding, Holding]] = []
         with self.lock:
+            before, self._at_work = self._at_work, get_ident()
             try:
                 for first, stop, holding in self._map.pieces(start, end):
                     old = holding or Holding()
@@ -223,15 +285,28 @@ class Marks:
                     self._tell(first, stop, new, old)
                 self._settle()
                 raise explain(error, call, start, end) from error
-            for first, stop, _, new in done:
-                self._map.replace(first, stop, new if new.marked or new.owner else None)
-            self._settle()
+            else:
+                for first, stop, _, new in done:
+                    self._map.replace(first, stop, new if new.marked or new.owner else None)
+                self._settle()
+            finally:
+                self._at_work = before
+                self._bury()
+
+    def _bury(self) -> None:
+        """Close what could not be closed in the middle of a change."""
+        while self._dying and not self._at_work:
+            uffd = self._dying.pop()
+            self._release(uffd)
+            uffd.close()
 
     def _settle(self) -> None:
         """Leave nothing behind when nothing is marked any more."""
         if self._guard is not None and not len(self._map):
             self._guard.close()
             self._guard = None
+        if not len(self._map):
+            self.forked.close()
 
     def _tell(self, start: int, end: int, old: Holding, new: Holding) -> None:
         giver, taker = self._keeper(old), self._keeper(new)
@@ -253,7 +328,8 @@ class Marks:
             giver.unregister(start, end - start)
             _inherit(start, end)
         elif giver is not None and taker is not None:
-            _hand_over(start, end, (giver, old), (taker, new))
+            with self.forked.exclude_children():
+                _hand_over(start, end, (giver, old), (taker, new))
 
     def _keeper(self, holding: Holding) -> Userfaultfd | None:
         if not holding.marked:
@@ -273,8 +349,14 @@ class Marks:
 
     # -- fork ----------------------------------------------------------------------------------------------------
 
+    def prepare_fork(self) -> None:
+        """Before a fork: the child may become the pager of what is marked."""
+        if len(self._map):
+            self.forked.prepare()
+
     def begin_in_child(self) -> None:
         """In a forked child: reserve the addresses that were not inherited, and begin anew."""
+        self.forked.begin_in_child()
         self.lock = RLock()
         for start, end, holding in self._map:
             if holding.marked:
@@ -319,7 +401,9 @@ def _still_has(uffd: Userfaultfd, start: int, end: int, mode: int) -> bool:
     """Whether a range is what it was: somebody may have unmapped it, and it may even be another's by now."""
     try:
         uffd.register(start, end - start, mode)
-    except KernelError:
+    except KernelError as error:
+        if error.errno not in (EBUSY, EINVAL):
+            raise
         return False
     return True
 
@@ -335,4 +419,4 @@ def _inherit(start: int, end: int) -> None:
 
 
 MARKS = Marks()
-os.register_at_fork(after_in_child=MARKS.begin_in_child)
+os.register_at_fork(before=MARKS.prepare_fork, after_in_child=MARKS.begin_in_child)

@@ -20,6 +20,7 @@ import os
 import sys
 import warnings
 import weakref
+from bisect import bisect_left, insort
 from errno import ENOMEM
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,10 @@ class Reservation:
         self.size = -(-size // PAGE_SIZE) * PAGE_SIZE
         self._lock = RLock()
         self._pieces: dict[int, Piece] = {}
+        self._order: list[int] = []
+        """Their addresses, ascending."""
+        self._full = 0
+        """How many of these stand side by side from the bottom: there is no room before them."""
         self._pid = os.getpid()
         try:
             self.address = memory.map_memory(self.size, prot=PROT_NONE, flags=_NOWHERE)
@@ -134,7 +139,7 @@ class Reservation:
     def pieces(self) -> list[Piece]:
         """The pieces given out, by address."""
         with self._lock:
-            return [self._pieces[address] for address in sorted(self._pieces)]
+            return [self._pieces[address] for address in self._order]
 
     def piece(self, size: int, descriptor: Descriptor | None = None, *, address: int | None = None) -> Piece:
         """Turn a part of it into memory: zeros nowhere, every page missing.
@@ -149,21 +154,23 @@ class Reservation:
             KernelError: ENOMEM: `vm.max_map_count` is reached. EBADF: the descriptor is closed.
         """
         size = -(-size // PAGE_SIZE) * PAGE_SIZE
+        self._check_open()  # before the lock too: whoever held it at a fork is not in the child
         with self._lock:
             self._check_open()
             at = self._find(size) if address is None else self._check_place(address, size)
             self._give_out(at, size, descriptor)
             piece = self._pieces[at] = Piece(self, at, size)
+            insort(self._order, at)
         return piece
 
     def _find(self, size: int) -> int:
         if size <= 0:
             raise ValueError(f"a piece has at least one byte, not {size}")
-        at = self.address
-        for piece in self.pieces:
-            if piece.address - at >= size:
+        at = self._end_of_full()
+        for address in self._order[self._full :]:
+            if address - at >= size:
                 break
-            at = piece.address + piece.size
+            at = address + self._pieces[address].size
         if at + size > self.address + self.size:
             raise ValueError(f"no room for {size} bytes in {self!r}; close pieces, or reserve more")
         return at
@@ -172,10 +179,21 @@ class Reservation:
         end = address + size
         if address % PAGE_SIZE or size <= 0 or address < self.address or end > self.address + self.size:
             raise ValueError(f"{size} bytes at {address:#x} are not whole pages inside {self!r}")
-        for piece in self.pieces:
+        following = bisect_left(self._order, address)
+        for other in self._order[max(following - 1, 0) : following + 1]:
+            piece = self._pieces[other]
             if piece.address < end and address < piece.address + piece.size:
                 raise ValueError(f"{size} bytes at {address:#x} overlap with {piece!r}")
         return address
+
+    def _end_of_full(self) -> int:
+        """Return where the first room may be."""
+        last = self._pieces[self._order[self._full - 1]] if self._full else None
+        at = last.address + last.size if last else self.address
+        while self._full < len(self._order) and self._order[self._full] == at:
+            at += self._pieces[at].size
+            self._full += 1
+        return at
 
     def _give_out(self, at: int, size: int, descriptor: Descriptor | None) -> None:
         try:
@@ -205,6 +223,9 @@ class Reservation:
 
     def take_back(self, piece: Piece) -> None:
         """Close a piece: what `Piece.close` does."""
+        if self._pid != os.getpid():
+            piece.closed = True
+            return
         with self._lock:
             if piece.closed:
                 return
@@ -212,12 +233,14 @@ class Reservation:
                 raise BufferError(f"a view of {piece!r} is alive: release it first")
             piece.closed = True
             try:
-                if self._pid == os.getpid():
-                    self._withdraw(piece.address, piece.size)
+                self._withdraw(piece.address, piece.size)
             except KernelError as error:
                 piece.closed = False
                 raise explain_limit(error, f"{len(self._pieces)} pieces are given out") from error
             del self._pieces[piece.address]
+            place = bisect_left(self._order, piece.address)
+            del self._order[place]
+            self._full = min(self._full, place)
 
     def close(self) -> None:
         """Give all of it back. Closing twice is fine; in a forked child it does nothing.
@@ -225,6 +248,9 @@ class Reservation:
         Raises:
             BufferError: A view of a piece is alive; nothing is changed.
         """
+        if self._pid != os.getpid():
+            self.closed = True
+            return
         with self._lock:
             if self.closed:
                 return
@@ -234,11 +260,11 @@ class Reservation:
             for piece in self._pieces.values():
                 piece.closed = True
             self._pieces.clear()
+            self._order.clear()
             self.closed = True
-            if self._pid == os.getpid():
-                with MARKS.lock:  # nobody marks what is mapped there next before this is forgotten
-                    memory.unmap(self.address, self.size)
-                    MARKS.forget(self.address, self.address + self.size)
+            with MARKS.lock:  # nobody marks what is mapped there next before this is forgotten
+                memory.unmap(self.address, self.size)
+                MARKS.forget(self.address, self.address + self.size)
 
     def _check_open(self) -> None:
         if self.closed or self._pid != os.getpid():

@@ -52,6 +52,9 @@ TRANSITIONS: Final[Mapping[tuple[State, Step], State]] = {
 }
 """Every transition there is."""
 
+LEAST: Final[Mapping[State, int]] = {_S.ASK_PROTOCOL: 8, _S.RUNNING: 16}
+"""How many bytes a write takes; in the other states nothing may be written."""
+
 POLL: Final[Mapping[State, int]] = {
     _S.ASK_PROTOCOL: select.POLLOUT,
     _S.ACK_PROTOCOL: select.POLLIN,

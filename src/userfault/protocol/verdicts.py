@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from errno import EBUSY, EINVAL, ENOMEM
+from errno import EBUSY, EINVAL, ENOMEM, EPERM
 
 from userfault.errors import KernelError
 from userfault.kernel import memory
@@ -19,14 +19,14 @@ def explain(error: KernelError, call: str, start: int, end: int) -> KernelError:
     number, where = error.errno or EINVAL, f"[{start:#x}, {end:#x})"
     if number == EBUSY:
         detail = f"{where}: another userfaultfd has it"
-    elif number == EINVAL:
+    elif number in (EINVAL, EPERM):  # the latter for a shared mapping of a file that was not opened for writing
         number, detail = _judge(start, end, where)
         if call.startswith("madvise") and _nothing_there(start, end):
             number = ENOMEM  # as madvise(2) says it of any advice
     elif number == ENOMEM and memory.is_mapped(start, end - start):
         return explain_limit(error, where)
     else:
-        detail = f"{where}: {error}"
+        detail = f"{where}: part of it is not mapped" if number == ENOMEM else f"{where}: {error}"
     return KernelError(number, call, detail)
 
 

@@ -10,9 +10,8 @@ import contextlib
 import os
 import select
 from errno import EAGAIN, EOPNOTSUPP
+from threading import RLock
 from typing import TYPE_CHECKING
-
-from userfault.kernel import abi
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,13 +19,16 @@ if TYPE_CHECKING:
     from userfault.kernel.userfaultfd import Userfaultfd
 
 
-def take_message(uffd: Userfaultfd) -> bytes:
+def take_message(uffd: Userfaultfd, message: bytearray) -> None:
     """Take one message from the kernel's queue.
+
+    Args:
+        uffd: Whose.
+        message: Where to put it. It is there, and not lost, if a signal handler raises in the next moment.
 
     Raises:
         BlockingIOError: There is none.
     """
-    message = bytearray(abi.UFFD_MSG_SIZE)
     try:
         os.preadv(uffd.fd, [message], -1, os.RWF_NOWAIT)
     except OSError as error:
@@ -35,25 +37,32 @@ def take_message(uffd: Userfaultfd) -> bytes:
         if not uffd.fdinfo().pending:
             raise BlockingIOError(EAGAIN, "read(userfaultfd): no fault is unread") from None
         os.readv(uffd.fd, [message])  # before 6.10: may wait if the thread is interrupted just now
-    return bytes(message)
 
 
 class Bells:
     """Threads that wait for a descriptor, to be told what happens to it here and not in the kernel. Any thread."""
 
-    __slots__ = ("_bells",)
+    __slots__ = ("_bells", "_lock")
 
     def __init__(self) -> None:
         self._bells: set[int] = set()
+        self._lock = RLock()
+        """Held while a bell is rung or closed: its number may be somebody else's file in the next moment."""
 
     def __len__(self) -> int:
         return len(self._bells)
 
     def ring(self) -> None:
         """Have them look again."""
-        for bell in tuple(self._bells):
-            with contextlib.suppress(OSError):  # its thread is just leaving
+        with self._lock:
+            for bell in self._bells:
                 os.eventfd_write(bell, 1)
+
+    def end(self) -> None:
+        """In a forked child: close what was inherited of threads that are not there."""
+        for bell in self._bells:
+            with contextlib.suppress(OSError):
+                os.close(bell)
 
     @contextlib.contextmanager
     def something_new(self, watched: Callable[[], int]) -> Iterator[select.epoll]:
@@ -63,12 +72,14 @@ class Bells:
             watched: Tells the descriptor of the faults, or raises; called when a ring is heard already.
         """
         bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._bells.add(bell)
+        with self._lock:
+            self._bells.add(bell)
         try:
             with select.epoll() as epoll:
                 epoll.register(bell, select.EPOLLIN | select.EPOLLET)
                 epoll.register(watched(), select.EPOLLIN | select.EPOLLET)
                 yield epoll
         finally:
-            self._bells.discard(bell)
-            os.close(bell)
+            with self._lock:
+                self._bells.discard(bell)
+                os.close(bell)
