@@ -164,17 +164,22 @@ class Descriptor:
             self.wait(events=select.POLLIN)
 
     def _read(self, length: int) -> bytes:
+        self._digest()
         try:
             data = self._connection.read(length)
         except BlockingIOError:
-            if not self._inbox[0]:
-                take_message(self._uffd, self._inbox)
-            _code, _flags, address, thread = _message(self._inbox)
-            self._connection.fault(address, thread)
-            self._inbox[0] = 0
+            take_message(self._uffd, self._inbox)
+            self._digest()
             data = self._connection.read(length)
         self._bells.ring()
         return data
+
+    def _digest(self) -> None:
+        """Make a fault of the message that was taken. A signal handler may raise between any two of these steps."""
+        if self._inbox[0]:
+            _code, _flags, address, thread = _message(self._inbox)
+            self._connection.fault(address, thread)
+            self._inbox[0] = 0
 
     def write(self, data: Buffer) -> int:
         """Take a version (8 bytes), or, once running, a range (16 bytes: start and end).
