@@ -14,7 +14,6 @@ import os
 from enum import Enum
 
 from userfault.kernel import abi
-from userfault.kernel.memory import PAGE_SIZE
 
 USERFAULTFD_PROTOCOL = 0xAA
 """The one version there was; `UFFD_API` of today is the same number."""
@@ -53,4 +52,3 @@ FEATURES = (
 """What a descriptor needs of the kernel: all of it since Linux 6.6. MOVE (6.8) is asked for besides, if it is there."""
 GUARD_FEATURES = FEATURES & ~abi.UFFD_FEATURE_THREAD_ID | abi.UFFD_FEATURE_SIGBUS
 """The same for the one behind marked memory that no descriptor has: it reports nothing, a touch is a SIGBUS."""
-PAGE_MASK = ~(PAGE_SIZE - 1)

@@ -302,11 +302,12 @@ class Marks:
 
     def _settle(self) -> None:
         """Leave nothing behind when nothing is marked any more."""
-        if self._guard is not None and not len(self._map):
-            self._guard.close()
-            self._guard = None
-        if not len(self._map):
-            self.forked.close()
+        if len(self._map):
+            return
+        self.forked.close()
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.close()
 
     def _tell(self, start: int, end: int, old: Holding, new: Holding) -> None:
         giver, taker = self._keeper(old), self._keeper(new)
