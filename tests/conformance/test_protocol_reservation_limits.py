@@ -43,6 +43,8 @@ def forbidden(address: int) -> object:
 
 LIMIT = """
     import userfault
+    from userfault.protocol import marks
+    marks.to_the_end = lambda work: work()  # a thread's stack is mappings too, and comes and goes when it likes
     limit = int(open("/proc/sys/vm/max_map_count").read())
 
     def count():
