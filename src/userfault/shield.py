@@ -2,19 +2,21 @@
 
 Python runs signal handlers in the main thread, between any two steps of it, and what a handler raises (Ctrl-C does)
 ends whatever was being done there.  A range that changes hands must not be left half-way: between two userfaultfds a
-missing page is zeros.  So in the main thread such work is done by a thread of its own, where no handler runs.
+missing page is zeros.  Nor must a pager that starts: its processes would have nobody.  So in the main thread such work
+is done by a thread of its own, where no handler runs.
 """
 
 from __future__ import annotations
 
 import threading
 from _thread import allocate_lock, get_ident, start_new_thread
-from typing import TYPE_CHECKING, TypeVar
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeVar
 
-T = TypeVar("T")
+    T = TypeVar("T")
 
 _BEGIN_S = 10.0
 """How long a thread may take to begin, before it counts as never started."""

@@ -166,6 +166,19 @@ def test_a_start_that_was_given_up(start: Start) -> None:
         victim.end().check()
 
 
+def test_a_start_given_up_at_each_line(start: Start) -> None:
+    """KeyboardInterrupt may come between any two lines: nothing may be left of the start, whichever they are."""
+    with start("failures.start_given_up_at_each_line", limit=300) as victim:
+        given_up, threads, descriptors, total = victim.expect("interrupted")
+        print(f"{given_up} starts given up, {total} lines")
+        assert given_up > 0.8 * total
+        assert not threads
+        assert descriptors <= 0
+        victim.assert_no_pager()
+        victim.say()
+        victim.end().check()
+
+
 def test_kills_while_pagers_start(start: Start, rng: random.Random, soak: bool) -> None:
     """One of the two dies at any moment of its beginning: the other one sees to it."""
     with start("failures.starts", 60 if soak else 6, limit=300) as victim:

@@ -14,6 +14,8 @@ _PACKAGE = Path(__file__).parents[2] / "src" / "userfault"
 # A room imports from rooms of a lower level only; rooms of one level do not know each other.
 _LEVELS = {
     "errors": 0,
+    "latch": 0,
+    "shield": 0,
     "kernel": 1,
     "protocol": 2,
     "stores": 2,

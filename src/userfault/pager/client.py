@@ -34,6 +34,7 @@ class Pager:
         self._link = Link()
         self._finalizer = weakref.finalize(self, self._link.drop)
         self._finalizer.atexit = False  # at exit the pager goes by itself, once this process is gone
+        self._link.start()  # last: whatever interrupts from here on, the finalizer ends what has begun
 
     @property
     def link(self) -> Link:

@@ -18,14 +18,16 @@ import sys
 import threading
 import weakref
 from collections import deque
-from threading import Event, RLock, Thread
+from threading import RLock, Thread
 
 from userfault.errors import KernelError, PagerLostError
 from userfault.kernel import abi
 from userfault.kernel.userfaultfd import Userfaultfd
+from userfault.latch import Latch
 from userfault.pager import failure, spawn, wire
 from userfault.pager.lifeline import Lifeline, signal_number
 from userfault.pager.wire import Message
+from userfault.shield import to_the_end
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,16 +54,16 @@ links: weakref.WeakSet[Link] = weakref.WeakSet()
 class _Pending:
     """A request that waits for its answer."""
 
-    __slots__ = ("answer", "event", "message")
+    __slots__ = ("answer", "answered", "message")
 
     def __init__(self, message: Message) -> None:
         self.message = message
-        self.event = Event()
+        self.answered = Latch()
         self.answer: Message | None = None
 
 
 class Link:
-    """A connection to a pager. Any thread may call it; a forked child has lost it."""
+    """A connection to a pager, once it was started. Any thread may call it; a forked child has lost it."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -74,41 +76,55 @@ class Link:
         self._pending: dict[int, _Pending] = {}
         self._unsent: deque[Message] = deque()
         """What `retire` could not send yet."""
-        self._hello = Event()
-        self._over = False
+        self._hello, self._ended = Latch(), Latch()
+        self._over = self._listening = False
         self._farewell = ""
         """Why the pager goes, if that was asked for."""
-        try:
-            with forking, spawn.standard_descriptors():
-                self._begin()
-                links.add(self)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            detail = "starting a pager takes some 12 descriptors; close some, or raise the limit (ulimit -n)"
-            raise KernelError(error.errno, getattr(error, "syscall", "open"), detail) from error
         self._thread = Thread(target=self._listen, name="userfault", daemon=True)
-        self._thread.start()
+
+    def start(self) -> None:
+        """Start the pager. What is interrupted here, or fails, leaves nothing.
+
+        Raises:
+            PagerLostError: if its processes do not start.
+            KernelError: if a system call failed here.
+            UnsupportedError: if the kernel, or this process's rights, do not suffice.
+        """
         try:
+            to_the_end(self._begin)
             if not self._hello.wait(START_S) or self.lost:
                 reason = self.lost or "no answer"
                 raise PagerLostError(f"the pager did not start: {reason}; its own words are on standard error")
-        except BaseException:  # Ctrl-C too
-            self.stop()
+        except BaseException as error:  # Ctrl-C too
+            to_the_end(self._give_up_start)
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                detail = "starting a pager takes some 12 descriptors; close some, or raise the limit (ulimit -n)"
+                raise KernelError(error.errno, getattr(error, "syscall", "open"), detail) from error
             raise
 
     def _begin(self) -> None:
-        self.uffd = Userfaultfd.open(FEATURES)
-        self.lifeline = Lifeline()
-        self._control, theirs = wire.pair()
-        try:
-            self._start(theirs)
-        except BaseException:
-            self.close_descriptors()
-            raise
-        finally:
-            theirs.close()
-            self.lifeline.release_theirs()
+        with forking, spawn.standard_descriptors():
+            self.uffd = Userfaultfd.open(FEATURES)
+            self.lifeline = Lifeline()
+            self._control, theirs = wire.pair()
+            try:
+                self._start(theirs)
+            finally:
+                theirs.close()
+                self.lifeline.release_theirs()
+            links.add(self)
+        self._thread.start()
+
+    def _give_up_start(self) -> None:
+        """Leave nothing of a start that failed or was interrupted: what was not made yet is not there."""
+        self._farewell = "its start was given up"
+        self.lost = self.lost or self._farewell
+        if hasattr(self, "_control"):
+            self._stop()
+        elif hasattr(self, "lifeline"):
+            self.lifeline.close()
+        if hasattr(self, "uffd"):
+            self.uffd.close()
 
     def _start(self, control: socket.socket) -> None:
         supervisor, worker = wire.pair()
@@ -159,11 +175,14 @@ class Link:
         return answer
 
     def _wait(self, pending: _Pending, timeout: float | None = None) -> None:
-        if threading.current_thread() is not self._thread:
-            pending.event.wait(timeout)
+        if not self._is_listener():
+            pending.answered.wait(timeout)
             return
-        while not pending.event.is_set():  # a finalizer, which the garbage collector runs in the listening thread
+        while not pending.answered.is_set:  # a finalizer, which the garbage collector runs in the listening thread
             self._hear_one()
+
+    def _is_listener(self) -> bool:
+        return threading.get_ident() == self._thread.ident
 
     def tell(self, message: Message) -> None:
         """Send a request that nobody waits for. Lost with the worker that got it."""
@@ -181,7 +200,7 @@ class Link:
             self._pending.pop(message.id, None)
             raise PagerLostError(self.lost or f"the pager's socket failed: {error}") from error
         if self.lost:  # while we sent
-            pending.event.set()
+            pending.answered.set()
         return pending
 
     def check(self) -> None:
@@ -243,10 +262,17 @@ class Link:
     # -- the listening thread --------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        self.lifeline.receive_here()
-        while not self._over:
-            self._hear_one()
-        self.lifeline.wait()
+        with self._lock:
+            if self._farewell:  # the start was given up while this thread began
+                return
+            self._listening = True
+        try:
+            self.lifeline.receive_here()
+            while not self._over:
+                self._hear_one()
+            self.lifeline.wait()
+        finally:
+            self._ended.set()
 
     def _hear_one(self) -> None:
         """Receive one message and act on it."""
@@ -273,12 +299,12 @@ class Link:
             pending.answer = message
             if isinstance(pending, _Retired):
                 pending.finish()
-            pending.event.set()
+            pending.answered.set()
             self._send_retired()
 
     def _greet(self, message: Message) -> None:
         """A worker says hello: a new one gets everything that the old one may have taken along."""
-        again = list(self._pending.values()) if self._hello.is_set() else []
+        again = list(self._pending.values()) if self._hello.is_set else []
         self.workers += message.a != self.worker_pid
         self.worker_pid, self.supervisor_pid = message.a, message.b
         for pending in again:
@@ -297,7 +323,7 @@ class Link:
         for pending in list(self._pending.values()):
             if isinstance(pending, _Retired):
                 pending.finish()
-            pending.event.set()
+            pending.answered.set()
         self._pending.clear()
 
     # -- the end ---------------------------------------------------------------------------------------------
@@ -306,7 +332,13 @@ class Link:
         """End the pager in good order, and wait until both its processes are gone."""
         if self.pid != os.getpid():
             return
-        self._farewell = "the pager was closed"
+        self._stop()
+        if self._listening and not self._is_listener():
+            self._thread.join(STOP_S)
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._farewell = self._farewell or "the pager was closed"
         self.lifeline.disarm()
         watched = [fd for fd in map(_pidfd, (self.worker_pid, self.supervisor_pid)) if fd >= 0]
         if not self.lost:
@@ -316,13 +348,13 @@ class Link:
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
         _wait_all(watched)
-        if self._thread is not threading.current_thread():
-            self._thread.join(STOP_S)
+        if self._listening and not self._is_listener():
+            self._ended.wait(STOP_S)  # it uses descriptors to its end
         self.close_descriptors()
 
     def drop(self) -> None:
         """End the pager without waiting; for a finalizer, which may run in any thread, the listening one too."""
-        if self.pid == os.getpid():
+        if self.pid == os.getpid() and self in links:
             self.lifeline.disarm()
             self.tell(Message(wire.BYE))
             self.lost = self.lost or "the pager was dropped"

@@ -43,8 +43,8 @@ from userfault.protocol import holes
 from userfault.protocol.constants import GUARD_FEATURES
 from userfault.protocol.forked import ForkLock
 from userfault.protocol.ranges import RangeMap
-from userfault.protocol.shield import to_the_end
 from userfault.protocol.verdicts import check_there, explain
+from userfault.shield import to_the_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable

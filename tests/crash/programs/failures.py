@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from userfault.testing import CrashingStore, FailingStore, PatternStore, touch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from userfault.stores import Store
 
@@ -270,11 +272,70 @@ def abandoned_start() -> None:
                 break
         except KeyboardInterrupt:
             given_up += 1
-    say("interrupted", given_up, threading.active_count() - 1)
+    say("interrupted", given_up, _threads_left())
     listen()
     with userfault.Region(GOOD, "r", BLOCK) as region:
         say("works", bytes(region.memory) == GOOD.expected(0, SIZE))
         say("descriptors", len(os.listdir("/proc/self/fd")))
+
+
+def start_given_up_at_each_line() -> None:
+    """Interrupt the start of a pager at every line that the main thread executes for it, each time a later one."""
+    userfault.Pager().close()  # imports are made here
+    total = _count_lines()
+    before = len(os.listdir("/proc/self/fd"))
+    given_up = 0
+    for number in range(1, total):
+        sys.settrace(_Interrupter(number))
+        try:
+            pager = userfault.Pager()
+        except KeyboardInterrupt:
+            given_up += 1
+        else:  # threads differ in how often they wait: a late line may not have come
+            sys.settrace(None)
+            pager.close()
+        finally:
+            sys.settrace(None)
+    say("interrupted", given_up, _threads_left(), len(os.listdir("/proc/self/fd")) - before, total)
+    listen()
+
+
+def _threads_left() -> int:
+    """How many threads a pager that is given up has left, once they had the time to end."""
+    gc.collect()
+    deadline = time.monotonic() + 1
+    while threading.active_count() > 1 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return threading.active_count() - 1
+
+
+class _Interrupter:
+    """A trace function that raises KeyboardInterrupt at a line, counted over the files that start a pager."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+        self.seen = 0
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> _Interrupter | None:
+        name = frame.f_code.co_filename
+        if "userfault/pager" not in name:  # Python's own locks do not survive it
+            return None
+        if event == "line":
+            self.seen += 1
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+def _count_lines() -> int:
+    counter = _Interrupter(-1)
+    sys.settrace(counter)
+    pager = userfault.Pager()
+    sys.settrace(None)
+    pager.close()
+    return counter.seen
 
 
 def starts(number: int) -> None:
