@@ -10,7 +10,7 @@ import importlib
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from userfault import errors, kernel, protocol, stores
-    from userfault.arrays import PagedArray, open_array
+    from userfault.arrays import ArrayRecipe, PagedArray, open_array
     from userfault.blocks import BlockState
     from userfault.errors import (
         Error,
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from userfault.pager import Pager, default_pager
     from userfault.protocol import Piece, Reservation, madvise, remap_anon_pages
     from userfault.region import Region
+    from userfault.retry import RetryPolicy
     from userfault.stats import Latency, RegionStats
     from userfault.stores import FileStore, MemoryStore, Store
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "arrays": ("PagedArray", "open_array"),
+    "arrays": ("ArrayRecipe", "PagedArray", "open_array"),
     "blocks": ("BlockState",),
     "errors": (
         "Error",
@@ -52,12 +53,14 @@ _HOME = {
     "pager": ("Pager", "default_pager"),
     "protocol": ("Piece", "Reservation", "madvise", "remap_anon_pages"),
     "region": ("Region",),
+    "retry": ("RetryPolicy",),
     "stats": ("Latency", "RegionStats"),
     "stores": ("FileStore", "MemoryStore", "Store"),
 }
 _ROOMS = {name: room for room, names in _HOME.items() for name in names}
 
 __all__ = [
+    "ArrayRecipe",
     "BlockState",
     "Capabilities",
     "Error",
@@ -77,6 +80,7 @@ __all__ = [
     "RegionStats",
     "RemoteProtocolError",
     "Reservation",
+    "RetryPolicy",
     "Store",
     "StoreError",
     "UnsupportedError",

@@ -3,7 +3,7 @@
     Error                                everything here
     ├── KernelError (also OSError)       a system call failed: .syscall, .errno
     ├── UnsupportedError                 this machine cannot do it: .capability, .remedy
-    ├── StoreError                       the data could not be had: .store, .offset, .length, .cause
+    ├── StoreError                       the data could not be had: .store, .offset, .length, .attempts, .cause
     ├── RegionClosedError (also ValueError)  you used a region after closing it
     ├── PagerLostError                   the world took the pager away
     └── ProtocolError                    a conversation left its protocol
@@ -100,6 +100,7 @@ class StoreError(Error):
         length: Bytes of the range; 0 when it is not about a range.
         attempts: How often it was tried.
         cause: The underlying error as text: the exception itself may not travel between processes.
+        permanent: Asking again is of no use: it is not tried again, whatever the region's `RetryPolicy` says.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class StoreError(Error):
         length: int = 0,
         attempts: int = 1,
         cause: str = "",
+        permanent: bool = False,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -119,6 +121,7 @@ class StoreError(Error):
         self.length = length
         self.attempts = attempts
         self.cause = cause
+        self.permanent = permanent
 
     def __str__(self) -> str:
         text = f"{self.store}: {self.message}" if self.store else self.message

@@ -12,7 +12,7 @@ import socket
 import sys
 import warnings
 import weakref
-from errno import EINVAL, EMFILE, ENFILE, EPIPE
+from errno import EINVAL, EIO, EMFILE, ENFILE, EPIPE
 from itertools import pairwise
 from threading import RLock
 from typing import TYPE_CHECKING
@@ -71,9 +71,10 @@ class UserfaultFD(Descriptor):
             try:
                 exported = self._exported(memory_fd, pager)
             except OSError as error:
-                if isinstance(error, KernelError) or error.errno not in (EMFILE, ENFILE):
+                if isinstance(error, KernelError):
                     raise
-                raise KernelError(error.errno, _CALL, _TOO_MANY) from error
+                detail = _TOO_MANY if error.errno in (EMFILE, ENFILE) else ""
+                raise KernelError(error.errno or 0, _CALL, detail) from error
             self._export = weakref.ref(exported)
         return exported
 
@@ -155,7 +156,7 @@ class Exported:
         self.memory_fd = memory_fd
         self.address, self.size, self.offset = span[0], span[1] - span[0], offset
         self._link.check()
-        self._id = self._link.next_id()
+        self._id = self._link.calls.next_id()
         self._link.opened()
         try:
             self._begin()
@@ -193,7 +194,9 @@ class Exported:
             os.set_blocking(kernel.fd, blocking)
             kernel.wake(self.address, self.size)  # whoever the worker has heard of asks again
             if isinstance(error, StoreError):
-                raise KernelError(EMFILE, _CALL, f"{_TOO_MANY} ({error.cause})") from error
+                few = f"[Errno {EMFILE}]" in error.cause
+                detail = _TOO_MANY if few else "the pager could not take it"
+                raise KernelError(EMFILE if few else EIO, _CALL, f"{detail} ({error.cause})") from error
             raise
 
     @property
@@ -288,7 +291,7 @@ class Exported:
         self.closed = True
         ours = self._pid == os.getpid()
         if ours:
-            self._link.tell(Message(wire.CLOSE, region=self._id))  # does not wait: any thread may run this
+            self._link.calls.tell(Message(wire.CLOSE, region=self._id))  # does not wait: any thread may run this
             self._link.closed()
         self._end()
         if ours:  # last: a warning may be an exception

@@ -7,6 +7,8 @@ in, before anything is changed, and then either writes a pin or sends a request.
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import warnings
 from threading import RLock
@@ -14,6 +16,7 @@ from threading import RLock
 from userfault.blocks import geometry as units
 from userfault.blocks.geometry import Geometry
 from userfault.blocks.pins import Pins
+from userfault.blocks.states import BlockState
 from userfault.errors import Error, PagerLostError, RegionClosedError, StoreError
 from userfault.kernel import process
 from userfault.pager import wire
@@ -21,6 +24,7 @@ from userfault.pager.client import Pager, default_pager
 from userfault.pager.mapping import MODES, Mapping, new_mapping
 from userfault.pager.recipe import Recipe
 from userfault.pager.wire import Message
+from userfault.retry import RetryPolicy, check_retry_policy
 from userfault.stats import RegionStats, read_stats
 from userfault.stores import Store
 from userfault.stores.base import check_store
@@ -47,6 +51,8 @@ class Region:
             available now (the machine's and the cgroup's, the smaller). `math.inf`: no limit. Private and pinned blocks
             are never dropped for it, nor are the four that came in last, since one instruction may need as many.
         pager: The pager to answer the faults; None: the default one of this process.
+        retry_policy: How often and how patiently the store is asked for a block before the block fails; None: the
+            default `RetryPolicy`.
 
     Threads may share a region.  A forked child does not inherit the memory: a touch there is a SIGSEGV, and methods
     raise `RegionClosedError`.  If the store cannot give a block, a touch of it is a SIGBUS; `ensure` raises instead.
@@ -64,6 +70,7 @@ class Region:
         block_size: int | str = units.DEFAULT_BLOCK_SIZE,
         budget: str | float | None = None,
         pager: Pager | None = None,
+        retry_policy: RetryPolicy | None = None,
     ) -> None:
         self._closed = True  # until it is open
         self._warns = True
@@ -72,6 +79,7 @@ class Region:
         self._mode = _check_mode(mode)
         self._geometry = Geometry(store.size, units.check_block_size(block_size))
         self._budget = self._choose_budget(budget)
+        self._retry_policy = check_retry_policy(retry_policy)
         recipe = Recipe(store)
         self._pager = _check_pager(pager)
         self._link = self._pager.link
@@ -90,10 +98,12 @@ class Region:
     def _open(self, recipe: Recipe) -> Mapping:
         """Map the memory and have the pager take it on; leave nothing behind if that fails."""
         mapping = new_mapping(self._geometry.size, self._mode)
-        identity = self._link.next_id()
+        identity = self._link.calls.next_id()
         self._link.opened()
         try:
-            fd = mapping.begin(self._pager, identity, self._geometry, self._mode, self._budget, recipe)
+            fd = mapping.begin(
+                self._pager, identity, self._geometry, self._mode, self._budget, self._retry_policy, recipe
+            )
         except BaseException:
             self._link.closed()
             raise
@@ -144,6 +154,11 @@ class Region:
     def budget(self) -> int | None:
         """The most bytes to keep in memory; None: no limit."""
         return self._budget
+
+    @property
+    def retry_policy(self) -> RetryPolicy:
+        """How often and how patiently the store is asked."""
+        return self._retry_policy
 
     @property
     def store(self) -> Store:
@@ -228,7 +243,7 @@ class Region:
             self._ask(message)
         else:
             self._link.check()
-            self._link.tell(message)
+            self._link.calls.tell(message)
 
     def evict(self, offset: int = 0, length: int | None = None) -> int:
         """Drop the blocks that lie wholly inside a range from memory; the next touch brings them in again.
@@ -360,6 +375,23 @@ class Region:
             raise RegionClosedError(
                 f"the region belongs to process {self._pid}, from which this one was forked; open it here"
             )
+
+    def __reduce__(self) -> tuple[functools.partial[Self], tuple[()]]:
+        """Pickle what opens the same store anew, on the default pager of the process that unpickles it.
+
+        A forked child may pickle a region of mode `r` that it has inherited.
+
+        Raises:
+            RegionClosedError: if it is closed; or of mode `c` and in a forked child, which cannot see the changes.
+            ValueError: if it has changes in memory.
+        """
+        if self._closed or self._mode != "r":
+            self._check()
+            if BlockState.PRIVATE in self.residency():
+                raise ValueError("changes in the region's memory would be lost: pickle its bytes, or its store")
+        budget = math.inf if self._budget is None else self._budget
+        options = {"mode": self._mode, "block_size": self.block_size, "retry_policy": self._retry_policy}
+        return functools.partial(type(self), self._store, budget=budget, **options), ()  # type: ignore[arg-type]  # mixed
 
     def __enter__(self) -> Self:
         return self

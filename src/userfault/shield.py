@@ -4,6 +4,9 @@ Python runs signal handlers in the main thread, between any two steps of it, and
 ends whatever was being done there.  A range that changes hands must not be left half-way: between two userfaultfds a
 missing page is zeros.  Nor must a pager that starts: its processes would have nobody.  So in the main thread such work
 is done by a thread of its own, where no handler runs.
+
+A thread may never begin: its first step takes memory, and CPython tells nobody if there is none.  So whoever is first
+to claim the work does it, the thread or, after a while, the one who waits for it.
 """
 
 from __future__ import annotations
@@ -18,25 +21,25 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-_BEGIN_S = 10.0
-"""How long a thread may take to begin, before it counts as never started."""
+_BEGIN_S = 2.0
+"""How long a thread may take to begin."""
 
 
 class _Work:
-    """Something to do in a thread."""
+    """Something to do once, in whichever thread is the first to run it."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         self.work = work
-        self.begun, self.ended = allocate_lock(), allocate_lock()
+        self.claim, self.ended = allocate_lock(), allocate_lock()
         self.done = False
         self.result: object = None
         self.error: BaseException | None = None
-        self.begun.acquire()
         self.ended.acquire()
 
     def run(self) -> None:
-        """Do it."""
-        self.begun.release()
+        """Do it, unless somebody else does already."""
+        if not self.claim.acquire(blocking=False):
+            return
         try:
             self.result = self.work()
         except BaseException as error:  # noqa: BLE001  # it is raised where somebody waits for it
@@ -59,14 +62,13 @@ def to_the_end(work: Callable[[], T]) -> T:
     try:
         start_new_thread(job.run, ())
     except RuntimeError:  # no more threads to be had
-        return work()
-    except BaseException as before:  # a handler's, before it was started or after
+        job.run()
+    except BaseException as before:  # noqa: BLE001  # a handler's, before it was started or after
         raised = before
-        if not job.begun.acquire(timeout=_BEGIN_S):
-            raise
     while not job.done:  # a handler may raise when it has been acquired
         try:
-            job.ended.acquire()
+            if not job.ended.acquire(timeout=_BEGIN_S):
+                job.run()
         except BaseException as meanwhile:  # noqa: BLE001  # a handler's
             raised = meanwhile
     failure, job.error = job.error or raised, None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from userfault.blocks import ledger as book
+from userfault.pager import failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from userfault.blocks.ledger import Ledger
+    from userfault.errors import StoreError
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,12 @@ class RegionStats:
     pinned_bytes: int
     evictions: int
     """Blocks dropped from memory."""
+    retries: int
+    """Reads that failed and were tried again."""
     failures: int
-    """Blocks that the store could not give."""
+    """Blocks that the store could not give, however often it was asked."""
+    errors: tuple[StoreError, ...]
+    """Why: the last 32 of them, oldest first."""
     duplicates: int
     """Messages about a block that was on its way already."""
     latency: Latency
@@ -73,6 +79,13 @@ class RegionStats:
     """`"following"` while the pager's fault loop is held on the core of the thread that faults, else `"free"`."""
     worker_cpu: int | None
     """That core; None while it is free."""
+
+
+def read_errors(ledger: Ledger) -> tuple[StoreError, ...]:
+    """Read what a region's stores have said last, oldest first."""
+    if not ledger.words[book.W_ERRORS]:  # to look would allocate the memory for them
+        return ()
+    return tuple(failure.decode(text) for _, text in ledger.errors.recent())
 
 
 def read_stats(ledger: Ledger, pinned_blocks: int) -> RegionStats:
@@ -92,7 +105,9 @@ def read_stats(ledger: Ledger, pinned_blocks: int) -> RegionStats:
         private_bytes=min(words[book.PRIVATE], size),
         pinned_bytes=min(pinned_blocks * block_size, size),
         evictions=words[book.EVICTIONS],
+        retries=words[book.RETRIES],
         failures=words[book.FAILURES],
+        errors=read_errors(ledger),
         duplicates=words[book.DUPLICATES],
         latency=Latency(tuple((bound, n) for bound, n in zip(book.BOUNDS, counts, strict=True) if n)),
         placement="following" if following else "free",

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from userfault.blocks import errors
 from userfault.blocks import ledger as book
 from userfault.blocks.geometry import PAGE_SIZE, Geometry
 from userfault.blocks.ledger import BOUNDS, BUCKETS, Layout, Ledger, bucket_of
@@ -20,8 +21,8 @@ geometries = st.builds(Geometry, st.integers(1, 1 << 46), st.sampled_from([4096,
 @given(geometry=geometries, recipe=st.integers(0, 1 << 32))
 def test_the_parts_lie_one_behind_the_other_on_pages_of_their_own(geometry: Geometry, recipe: int) -> None:
     layout = Layout(geometry, recipe)
-    starts = [0, layout.states, layout.pins, layout.recipe, layout.words, layout.total]
-    lengths = [geometry.size, geometry.blocks, geometry.blocks, recipe, PAGE_SIZE]
+    starts = [0, layout.states, layout.pins, layout.notes, layout.recipe, layout.errors, layout.words, layout.total]
+    lengths = [geometry.size, geometry.blocks, geometry.blocks, geometry.blocks, recipe, errors.LENGTH, PAGE_SIZE]
     assert all(start % PAGE_SIZE == 0 for start in starts)
     for start, following, length in zip(starts, starts[1:], lengths, strict=False):
         assert start + length <= following < start + length + PAGE_SIZE
@@ -35,9 +36,9 @@ def test_the_words_are_found_from_the_length_alone(size: int) -> None:
 
 
 def test_everything_counted_fits_its_page() -> None:
-    assert book.CPU < book.HISTOGRAM
+    assert book.RETRIES < book.HISTOGRAM
     assert (book.HISTOGRAM + BUCKETS) * 8 <= PAGE_SIZE
-    assert book.W_RECIPE_LENGTH < book.COUNTERS
+    assert book.W_ERRORS < book.COUNTERS
 
 
 def test_the_bounds_rise_by_quarter_octaves() -> None:

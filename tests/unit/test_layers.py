@@ -21,13 +21,14 @@ _LEVELS = {
     "stores": 2,
     "blocks": 2,
     "pager": 3,
-    "stats": 3,
-    "region": 4,
-    "exported": 4,
-    "arrays": 5,
-    "cli": 6,
-    "testing": 6,
-    "": 7,  # the package itself: the public names
+    "retry": 2,
+    "stats": 4,
+    "region": 5,
+    "exported": 5,
+    "arrays": 6,
+    "cli": 7,
+    "testing": 7,
+    "": 8,  # the package itself: the public names
 }
 # These are written against the public names, as a user's program is; nothing imports them.
 _OUTSIDE = {"cli", "testing"}

@@ -186,15 +186,15 @@ def test_any_other_error_becomes_a_store_error() -> None:
 
 
 def test_what_a_store_raises_is_described_with_the_place() -> None:
-    told = failure.describe(OSError(5, "Input/output error"), PatternStore(100), 10, 20)
-    assert (told.offset, told.length, told.store) == (10, 20, "PatternStore(size=100, seed=0)")
+    told = failure.describe(OSError(5, "Input/output error"), "tape 7", 10, 20, 1)
+    assert (told.offset, told.length, told.store) == (10, 20, "tape 7")
     assert told.cause == "OSError: [Errno 5] Input/output error"
     assert pickle.loads(pickle.dumps(told)).cause == told.cause
 
 
 def test_a_store_that_explains_itself_is_quoted() -> None:
-    told = failure.describe(StoreError("the tape is torn"), PatternStore(100), 10, 20)
-    assert str(told) == "PatternStore(size=100, seed=0): the tape is torn (offset 10, length 20)"
+    told = failure.describe(StoreError("the tape is torn"), "tape 7", 10, 20, 1)
+    assert str(told) == "tape 7: the tape is torn (offset 10, length 20)"
 
 
 def test_a_store_without_words_is_named_by_its_class() -> None:
@@ -202,7 +202,7 @@ def test_a_store_without_words_is_named_by_its_class() -> None:
         def describe(self) -> str:
             raise RuntimeError
 
-    assert failure.describe(OSError(), Mute(1), 0, 1).store == "Mute"
+    assert failure.name_of(Mute(1)) == "Mute"
 
 
 # -- latency --------------------------------------------------------------------------------------------------------

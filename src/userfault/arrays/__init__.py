@@ -9,5 +9,6 @@ except ImportError as error:
 
 from userfault.arrays.opening import open_array
 from userfault.arrays.paged import PagedArray
+from userfault.arrays.recipe import ArrayRecipe
 
-__all__ = ["PagedArray", "open_array"]
+__all__ = ["ArrayRecipe", "PagedArray", "open_array"]

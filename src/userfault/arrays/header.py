@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 MAGIC = npy.MAGIC_PREFIX
 MOST = 1 << 20
-"""A header is some hundred bytes; NumPy itself refuses to evaluate more than 10 000."""
+"""Bytes that are read of a header, which has some hundred."""
+MOST_EVALUATED = 10_000
+"""As NumPy: Python's parser is not made for texts of a stranger's."""
+_DAMAGE = ValueError, TokenError, TypeError, RecursionError, MemoryError
+"""What evaluating a header raises: the last two of one that is nested too deeply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,9 @@ def _parse(start: bytes, name: str) -> Header:
     file = io.BytesIO(start)
     try:
         shape, fortran, dtype = _read_fields(file, npy.read_magic(file))
-    except (ValueError, TokenError) as error:
-        raise ValueError(f"{name} has a damaged .npy header: {error}") from error
+    except _DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{name} has a damaged .npy header: {reason}") from error
     return Header(shape, check_dtype(dtype, name), "F" if fortran else "C", file.tell())
 
 
@@ -99,14 +104,18 @@ def _read_version_3(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[A
     text = file.read(length)
     if len(text) < length:
         raise ValueError(f"it ends after {len(text)} of {length} bytes")
+    if length > MOST_EVALUATED:
+        raise ValueError(f"it has {length} bytes, and at most {MOST_EVALUATED} are evaluated")
     import ast
 
     try:
         fields = ast.literal_eval(text.decode())
         shape, fortran, descr = fields["shape"], fields["fortran_order"], fields["descr"]
         dtype = npy.descr_to_dtype(descr)
-    except (SyntaxError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (SyntaxError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from error
+    if len(fields) != 3:
+        raise ValueError(f"it has the keys {sorted(map(str, fields))}")
     if type(shape) is not tuple or type(fortran) is not bool:
         raise ValueError(f"shape {shape!r} is no tuple, or fortran_order {fortran!r} is not True or False")
     return shape, fortran, dtype

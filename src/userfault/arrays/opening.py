@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from userfault.arrays.header import Header, check_dtype, read_header
+from userfault.arrays.lease import Lease
 from userfault.arrays.paged import PagedArray, array_of
 from userfault.blocks.geometry import DEFAULT_BLOCK_SIZE
 from userfault.region import Region
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike
 
+    from userfault.retry import RetryPolicy
 
-def open_array(
+
+def open_array(  # noqa: PLR0913  # all of the array's options and all of its region's
     source: str | os.PathLike[str] | Store,
     mode: str = "r",
     dtype: DTypeLike | None = None,
@@ -32,6 +35,8 @@ def open_array(
     block_size: int | str = DEFAULT_BLOCK_SIZE,
     budget: str | float | None = None,
     store_options: Mapping[str, object] | None = None,
+    *,
+    retry_policy: RetryPolicy | None = None,
 ) -> PagedArray:
     """Open a file or a store as an array that is brought in block by block, at the first touch.
 
@@ -45,6 +50,7 @@ def open_array(
         block_size: As `Region`.
         budget: As `Region`.
         store_options: Options of the store that a path is opened with; files have none.
+        retry_policy: As `Region`.
 
     Returns:
         The array. Its `region` gives statistics, residency and eviction.
@@ -73,10 +79,10 @@ def open_array(
         raise ValueError(
             f"{store.describe()}: an array of shape {header.shape} has no bytes; a region needs at least one"
         )
-    region = Region(store, mode, block_size, budget)
+    region = Region(store, mode, block_size, budget, retry_policy=retry_policy)
     region.owned_by_views()
     try:
-        return array_of(region, header)
+        return array_of(Lease(region), header.shape, header.dtype, header.offset, order=header.order)
     except BaseException:  # NumPy has limits of its own, such as 64 dimensions
         region.revoke()
         raise

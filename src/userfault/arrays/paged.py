@@ -12,40 +12,38 @@ live.  Each kind of holder is counted where it can be: slices share one small ob
 the references to the root; buffers are found by the garbage collector.  If none is found, the array is detached from
 the memory and becomes an empty one that can do nothing (not zeros, which could be mistaken for data).
 
+Arrays that were opened from recipes may share a region.  Each has a lease and a root of its own, and is closed like any
+other; the memory itself is taken away with the last of them.
+
 What could still be missed is a buffer held by C code alone.  For that the addresses stay reserved, inaccessible, until
 the array object itself is gone: a touch through it is a SIGSEGV, never somebody else's bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 from pickle import PickleBuffer
+from types import SimpleNamespace
 
 import numpy as np
 
+from userfault.arrays.extent import block_runs, pin
+from userfault.arrays.lease import Lease, shared
 from userfault.errors import RegionClosedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
-    from typing import Any, Self
+    from typing import Any, Literal, Self
 
-    from userfault.arrays.header import Header
+    from userfault.arrays.recipe import ArrayRecipe
     from userfault.region import Region
 
 _BUFFER_HOLDERS = ("managedbuffer", PickleBuffer.__name__)
 _NOTHING = np.dtype("V1")
-
-
-class _Lease:
-    """Held by an array and each of its slices; the count of its references is the count of them."""
-
-    __slots__ = ("region", "root")
-
-    def __init__(self, region: Region, root: np.ndarray[Any, Any]) -> None:
-        self.region = region
-        self.root = root
 
 
 class PagedArray(np.ndarray):  # generic in stubs only
@@ -55,10 +53,19 @@ class PagedArray(np.ndarray):  # generic in stubs only
     are ordinary arrays in ordinary memory.  When the last view goes, the region ends, as with `numpy.memmap`; `close()`
     ends it at once.
 
+    `pickle` carries the values; `recipe()` says how to open the same array in another process, and that is how it
+    travels through `multiprocessing` (see `userfault.ArrayRecipe`).
+
     Threads: as any array.  Fork: a child does not inherit the memory; a touch there is a SIGSEGV.
     """
 
-    _lease: _Lease | None
+    _lease: Lease | None
+    _closed: Region | None = None
+    """The region that the array had before it was closed: the addresses stay reserved as long as this object lives."""
+
+    if TYPE_CHECKING:  # NumPy's stubs say that slices are plain arrays
+
+        def __getitem__(self, key: Any, /) -> Any: ...
 
     def __array_finalize__(self, obj: object) -> None:
         """Share the lease of the array that this one is a view of."""
@@ -115,14 +122,17 @@ class PagedArray(np.ndarray):  # generic in stubs only
         Raises:
             RegionClosedError: if the array was closed, or is not a view of a region.
         """
+        return self._held().region
+
+    def _held(self) -> Lease:
         if self._lease is None:
-            raise RegionClosedError("this array has no region: it was closed, or is a copy in ordinary memory")
-        return self._lease.region
+            raise RegionClosedError("this array has no region: it was closed, is empty, or is in ordinary memory")
+        return self._lease
 
     def ensure(self, index: object = ..., write: bool = False) -> None:
         """Bring the part `array[index]` into memory, so that errors of the store come as exceptions.
 
-        Everything between the first and the last byte of the part is brought in.
+        Only the blocks that its items lie in are brought in. They may be evicted again later; `pinned` keeps them.
 
         Args:
             index: As between brackets: `numpy.s_[10:20]`; the whole array by default.
@@ -132,18 +142,61 @@ class PagedArray(np.ndarray):  # generic in stubs only
             IndexError: as NumPy.
             StoreError, ValueError, PagerLostError, RegionClosedError: as `Region.ensure`.
         """
-        region = self.region
-        part = self._part(index)
-        if part.size:
-            low, high = np.lib.array_utils.byte_bounds(part)
-            region.ensure(low - region.address, high - low, write)
+        with self.pinned(index, write):
+            pass
 
-    def _part(self, index: object) -> np.ndarray[Any, Any]:
+    @contextlib.contextmanager
+    def pinned(self, index: object = ..., write: bool = False) -> Iterator[PagedArray]:
+        """Like `ensure`, and the part stays in memory inside the `with` block, whose value is a view of it.
+
+        So whatever a whole expression touches is there, and errors of the store come before it, as exceptions:
+
+            with a.pinned(np.s_[10:20]) as rows, b.pinned(np.s_[:, 3]) as column:
+                result = rows @ column
+
+        Afterwards the view is one like any other. Either all of the part is pinned, or nothing.
+
+        Args:
+            index: As between brackets: `numpy.s_[10:20]`; the whole array by default.
+            write: Give write access too (mode `c`).
+
+        Raises:
+            IndexError: as NumPy.
+            StoreError, ValueError, PagerLostError, RegionClosedError: as `Region.pinned`.
+        """
+        part = self._part(index)
+        with contextlib.ExitStack() as pins:
+            if part.size or self._closed is not None:
+                region = self.region
+                runs = block_runs(self._offset(part), part.shape, part.strides, part.itemsize, region.block_size)
+                pin(pins, region, runs, write)
+            yield part
+
+    def _part(self, index: object) -> PagedArray:
         """Return `array[index]` as a view, without touching the memory; of an item, the array around it."""
         keys = index if isinstance(index, tuple) else (index,)
         if not all(map(_is_basic, keys)):  # anything else makes a copy, in other memory
-            raise TypeError(f"ensure takes integers and slices, as numpy.s_[10:20], not {index!r}")
-        return np.asarray(self)[keys if ... in keys else (*keys, ...)]  # the ellipsis makes an item a view too
+            raise TypeError(f"a part is given by integers and slices, as numpy.s_[10:20], not {index!r}")
+        part: PagedArray = self[keys if ... in keys else (*keys, ...)]  # the ellipsis makes an item a view too
+        return part
+
+    def _offset(self, part: PagedArray) -> int:
+        """Return where a view of this array begins in the region. Asks nobody, and works in a forked child."""
+        return _address(part) - _address(self._held().root)
+
+    def recipe(self) -> ArrayRecipe:
+        """Return how to open the same array in another process, or once more in this one.
+
+        It pickles, and is small: it holds the store, not the bytes. (A `MemoryStore` is its bytes.) A forked child may
+        ask an inherited array for it.
+
+        Raises:
+            RegionClosedError: if the array has no region; or of mode `c` and in a forked child.
+            ValueError: if the region has changes in memory, which only the values carry: `pickle` takes those.
+        """
+        from userfault.arrays.recipe import recipe_of  # which knows this class
+
+        return recipe_of(self.region, self._offset(self), self)
 
     def flush(self) -> None:
         """Write changes back: in the modes `r` and `c` there is nothing to write.
@@ -161,16 +214,19 @@ class PagedArray(np.ndarray):  # generic in stubs only
         """
         if self._lease is None:
             return
-        if _other_views(self):
-            raise BufferError(
-                "another view of the array is alive: delete the slices, arrays and buffers made from it first"
-            )
-        region = self.region
-        self._lease = None
-        self._keep = region  # the addresses stay reserved as long as this object lives
-        nothing: tuple[Any, ...] = (1, (0,), _NOTHING, False, b"")  # version, shape, type, order, data
-        np.ndarray.__setstate__(self, nothing)
-        region.revoke()
+        with shared.lock:  # nobody joins meanwhile
+            last = len(self._lease.tenants) == 1
+            if _other_views(self, last=last):
+                raise BufferError(
+                    "another view of the array is alive: delete the slices, arrays and buffers made from it first"
+                )
+            region = self.region
+            self._lease = None
+            self._closed = region
+            nothing: tuple[Any, ...] = (1, (0,), _NOTHING, False, b"")  # version, shape, type, order, data
+            np.ndarray.__setstate__(self, nothing)
+        if last:
+            region.revoke()
 
     def __enter__(self) -> Self:
         return self
@@ -179,6 +235,11 @@ class PagedArray(np.ndarray):  # generic in stubs only
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def _counts(array: PagedArray) -> tuple[int, int]:
@@ -197,30 +258,39 @@ def _is_basic(key: object) -> bool:
     return key is None or key is ... or (isinstance(key, int | np.integer | slice) and not isinstance(key, bool))
 
 
-def _other_views(array: PagedArray) -> bool:
-    """Whether anything but `array` holds the memory."""
+def _other_views(array: PagedArray, *, last: bool) -> bool:
+    """Whether anything but `array` holds its memory; `last`: no other array has been opened over it."""
     slices, arrays = (now - alone for now, alone in zip(_counts(array), _alone_counts, strict=True))
     if isinstance(array.base, PagedArray) and _base_count(array) == _alone_base:
         slices -= 1  # the array is a slice, and the one that it was made from has no other holder
-    if slices or arrays or array.region.views() > 1:  # the root's own
+    if slices or arrays or (last and array.region.views() > 1):  # the root's own
         return True
     return any(type(holder).__name__ in _BUFFER_HOLDERS for holder in gc.get_referrers(array))
 
 
-def array_of(region: Region, header: Header) -> PagedArray:
-    """Make the array that a header describes, over a region of the whole file."""
-    root = np.frombuffer(region.memory, dtype=np.uint8)
-    array = np.ndarray.__new__(PagedArray, header.shape, header.dtype, root, header.offset, None, header.order)
-    array._lease = _Lease(region, root)  # noqa: SLF001  # the one place that makes it
+def array_of(
+    lease: Lease,
+    shape: Sequence[int],
+    dtype: np.dtype[Any],
+    offset: int,
+    *,
+    strides: Sequence[int] | None = None,
+    order: Literal["C", "F"] = "C",
+) -> PagedArray:
+    """Make an array over a region.
+
+    Raises:
+        ValueError: if it does not lie in it, or NumPy cannot have it.
+    """
+    array = np.ndarray.__new__(PagedArray, shape, dtype, lease.root, offset, strides, order)
+    array._lease = lease  # noqa: SLF001  # the one place that gives it
     return array
 
 
 def _calibrate() -> tuple[tuple[int, int], int]:
     """Count the references of an array that nothing else holds: versions of Python differ in what they count."""
-    root = np.zeros(2, dtype=np.uint8)
-    array = np.ndarray.__new__(PagedArray, (2,), np.uint8, root)
-    array._lease = _Lease(None, root)  # type: ignore[arg-type] # noqa: SLF001
-    del root
+    nothing: Any = SimpleNamespace(memory=bytes(2))
+    array = array_of(Lease(nothing), (2,), np.dtype(np.uint8), 0)
     alone = _counts(array)
     part = array[1:].view(PagedArray)
     del array

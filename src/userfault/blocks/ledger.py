@@ -2,16 +2,17 @@
 
 A region is one memfd, and the memfd describes itself.  Behind the data lie, each on its own pages::
 
-    data | states: a byte per block | pins: a byte per block | recipe of the store | words: one page
+    data | states | pins | notes: a byte per block each | recipe of the store | the last errors | words: one page
 
 so that whoever holds that one descriptor can take the region over: it finds the words on the last page, from them
 the rest, and from the recipe the store.  One descriptor per region is also what lets a thousand regions live under
 the usual limit of 1024.  Only the data part is ever registered with userfaultfd, and only the application maps it;
 the rest is mapped shared by the application and the worker.  It is sparse: a region of 1 TiB costs what is touched.
 
-Who writes what: the *states* and the counters belong to the worker, the *pins* to the application, the header is
-written once.  A pin is written before the request that needs it is sent, and the worker looks at the pins again after
-it has written EVICTING; so a pinned block is never dropped, and pins survive any number of workers.
+Who writes what: the *states*, the *notes*, the errors and the counters belong to the worker, the *pins* to the
+application, the header is written once.  A note says what a successor must know of a block besides its state.  A pin is
+written before the request that needs it is sent, and the worker looks at the pins again after it has written EVICTING;
+so a pinned block is never dropped, and pins survive any number of workers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 
+from userfault.blocks import errors
+from userfault.blocks.errors import ErrorLog
 from userfault.blocks.geometry import PAGE_SIZE, Geometry, round_up
 from userfault.blocks.states import BlockState
 from userfault.kernel import abi, memfd, memory
@@ -29,13 +32,23 @@ NO_BUDGET = (1 << 64) - 1
 
 # The header: written once by the application.
 W_MAGIC, W_ID, W_ADDRESS, W_SIZE, W_BLOCK_SIZE, W_MODE, W_BUDGET, W_RECIPE, W_RECIPE_LENGTH = range(9)
+# The same, of how reads are tried again: times in microseconds, the jitter in millionths.
+W_ATTEMPTS, W_BACKOFF, W_LONGEST, W_JITTER, W_TIMEOUT = range(9, 14)
+# Written by the worker: how many workers in a row have died while they made the store; how many errors there were.
+W_DEATHS, W_ERRORS = range(14, 16)
 # The counters: written by the worker.
 COUNTERS = 32
-FAULTS, FILLED, BYTES_READ, EVICTIONS, FAILURES, DUPLICATES, RESIDENT, PRIVATE, CPU = range(COUNTERS, COUNTERS + 9)
+FAULTS, FILLED, BYTES_READ, EVICTIONS, FAILURES, DUPLICATES, RESIDENT, PRIVATE, CPU, RETRIES = range(
+    COUNTERS, COUNTERS + 10
+)
 HISTOGRAM = 128
 BUCKETS = 96
 """Four buckets an octave from 256 ns: the last begins at about 3.6 s."""
 
+
+READING, SUSPECT, POISONED = 1, 2, 4
+"""Notes: a store of the user's own is being read; a worker died of that, perhaps; the application's pages are poisoned.
+"""
 
 BOUNDS = tuple(round(256 * 2 ** (i / 4)) for i in range(BUCKETS))
 """Upper bounds of the latency buckets, in nanoseconds; the last one holds everything above too."""
@@ -69,7 +82,7 @@ def was_filling(fd: int) -> bool:
 class Layout:
     """Where each part of a region's memfd begins, in bytes."""
 
-    __slots__ = ("geometry", "pins", "recipe", "recipe_length", "states", "total", "words")
+    __slots__ = ("errors", "geometry", "notes", "pins", "recipe", "recipe_length", "states", "total", "words")
 
     def __init__(self, geometry: Geometry, recipe_length: int) -> None:
         part = round_up(max(geometry.blocks, 1), PAGE_SIZE)
@@ -77,19 +90,21 @@ class Layout:
         self.recipe_length = recipe_length
         self.states = geometry.length
         self.pins = self.states + part
-        self.recipe = self.pins + part
-        self.words = self.recipe + round_up(recipe_length, PAGE_SIZE)
+        self.notes = self.pins + part
+        self.recipe = self.notes + part
+        self.errors = self.recipe + round_up(recipe_length, PAGE_SIZE)
+        self.words = self.errors + round_up(errors.LENGTH, PAGE_SIZE)
         self.total = self.words + PAGE_SIZE
 
 
 class Ledger:
     """A mapping of everything behind the data of a region's memfd.
 
-    `states` and `pins` are memoryviews of bytes, `words` of 64-bit words, `recipe` of the store's recipe.  They are
-    good until this object is gone; they do not keep it alive.
+    `states`, `pins` and `notes` are memoryviews of bytes, `words` of 64-bit words, `recipe` of the store's recipe.
+    They are good until this object is gone; they do not keep it alive.
     """
 
-    __slots__ = ("_address", "_length", "geometry", "pins", "recipe", "states", "words")
+    __slots__ = ("_address", "_length", "errors", "geometry", "notes", "pins", "recipe", "states", "words")
 
     def __init__(self, fd: int, layout: Layout) -> None:
         self.geometry = layout.geometry
@@ -100,7 +115,9 @@ class Ledger:
         base = layout.states
         self.states = whole[: layout.geometry.blocks]
         self.pins = whole[layout.pins - base :][: layout.geometry.blocks]
+        self.notes = whole[layout.notes - base :][: layout.geometry.blocks]
         self.recipe = whole[layout.recipe - base :][: layout.recipe_length].toreadonly()
+        self.errors = ErrorLog(whole[layout.errors - base :][: errors.LENGTH])
         self.words = whole[layout.words - base :].cast("Q")
 
     @classmethod

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from errno import ENOMEM
 from struct import pack
 
 from userfault.errors import KernelError
@@ -210,8 +211,17 @@ def mincore(address: int, length: int) -> bytes:
 
 
 def is_mapped(address: int, length: int) -> bool:
-    """Whether every page of a range is mapped: with MS_ASYNC that is all that msync(2) looks at."""
-    return not libc.msync(address, length, _MS_ASYNC)
+    """Whether every page of a range is mapped: with MS_ASYNC that is all that msync(2) looks at.
+
+    Raises:
+        KernelError: Not aligned.
+    """
+    if not libc.msync(address, length, _MS_ASYNC):
+        return True
+    error = failed("msync", f"address {address:#x}, length {length}")
+    if error.errno == ENOMEM:
+        return False
+    raise error
 
 
 def memmove(dst: int, src: int, length: int) -> None:
@@ -242,10 +252,17 @@ def fetch(address: int, length: int) -> bytes:
     try:
         if libc.write(writer, address, length) != length:
             raise failed("write", f"address {address:#x}, length {length}")
-        return os.read(reader, length)
+        return _read(reader, length)
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def _read(fd: int, length: int) -> bytes:
+    try:
+        return os.read(fd, length)
+    except OSError as error:
+        raise KernelError(error.errno or 0, "read", f"length {length}") from None
 
 
 # -- buffers -------------------------------------------------------------------------------------------------

@@ -119,6 +119,16 @@ def task_state(tid: int) -> tuple[str, int]:
     return text[text.rfind(")") + 2], int(_read(f"{folder}/schedstat").split()[0])
 
 
+def state(pid: int) -> str:
+    """Return the state of a process's main thread: "R" runs, "S" sleeps, "T" stopped, "t" stopped by a debugger...
+
+    Raises:
+        KernelError: No such process.
+    """
+    text = _read(f"/proc/{pid}/stat")
+    return text[text.rfind(")") + 2]
+
+
 def waits_in_user_fault(pid: int, tid: int) -> bool:
     """Whether a thread sleeps in a fault that a userfaultfd has reported; True also if the kernel does not say."""
     folder = f"/proc/{pid}/task/{tid}"

@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 from userfault.errors import KernelError
 
-__all__ = ["failed", "libc", "libc_syscall"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["failed", "libc", "libc_syscall", "naming"]
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -25,6 +30,21 @@ def libc_syscall(name: str, number: int, *arguments: int) -> int:
     if result < 0:
         raise failed(name)
     return result
+
+
+@contextlib.contextmanager
+def naming(call: str, detail: str = "") -> Iterator[None]:
+    """Have an error of Python's own functions say which system call it was.
+
+    Raises:
+        KernelError: In the place of an OSError that is none.
+    """
+    try:
+        yield
+    except KernelError:
+        raise
+    except OSError as error:
+        raise KernelError(error.errno or 0, call, detail) from None
 
 
 def failed(name: str, detail: str = "") -> KernelError:

@@ -1,27 +1,43 @@
-"""The first things a process of the pager does, whichever role it has."""
+"""The first things a process of the pager does, whichever role it has.
+
+When memory ends in one of its threads the process ends too, and its successor begins with fresh memory.  A thread that
+merely ended would leave its work undone; and one that cannot even begin, for want of memory, is waited for without end
+by whoever starts it (`threading.Thread.start`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import os
 import resource
 import signal
 import sys
+import threading
 
 from userfault.pager import spawn
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
 
 def main(role: str, will_fd: int) -> None:
-    """Become the supervisor or the worker that the will names; never returns."""
+    """Become the supervisor, the worker or the trial that the will belongs to; never returns."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # its life is the application's, not the terminal's
     faulthandler.enable()
+    sys.unraisablehook = _ending_without_memory(sys.unraisablehook)
+    threading.excepthook = _ending_without_memory(threading.excepthook)
     will = spawn.read_will(will_fd)
     _keep_only(spawn.descriptors(will))
     _settle(role)
     if role == spawn.WORKER:
         from userfault.pager.worker import run
+    elif role == spawn.TRIAL:
+        from userfault.pager.trial import run
     else:
         from userfault.pager.supervisor import run
     code = 1
@@ -34,6 +50,18 @@ def main(role: str, will_fd: int) -> None:
         with contextlib.suppress(Exception):  # nobody may be left who reads it
             sys.stderr.flush()
         os._exit(code)  # threads may hang in a store for ever; nothing else is left to do
+
+
+def _ending_without_memory(hook: Callable[[Any], object]) -> Callable[[Any], None]:
+    """Return a hook for exceptions that nobody caught, which ends the process if memory has ended."""
+
+    def hear(news: Any) -> None:
+        with contextlib.suppress(Exception):
+            hook(news)
+        if issubclass(news.exc_type, MemoryError) or getattr(news.exc_value, "errno", 0) == errno.ENOMEM:
+            os._exit(1)
+
+    return hear
 
 
 def _keep_only(fds: set[int]) -> None:

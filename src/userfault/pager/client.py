@@ -8,7 +8,7 @@ import weakref
 from threading import Lock, RLock
 
 from userfault.errors import Error, KernelError
-from userfault.pager import link
+from userfault.pager import link, logs
 from userfault.pager.link import Link
 
 TYPE_CHECKING = False
@@ -128,6 +128,7 @@ def _forget_in_child() -> None:
             inherited.close_descriptors()
     link.links.clear()
     _default, _default_lock = None, Lock()
+    logs.forget()
     link.forking = RLock()
 
 

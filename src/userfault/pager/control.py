@@ -14,7 +14,9 @@ import errno
 import os
 import resource
 import select
+import signal
 import socket
+import struct
 import time
 from collections import deque
 from threading import Thread
@@ -22,10 +24,12 @@ from threading import Thread
 from userfault.blocks.geometry import PAGE_SIZE
 from userfault.errors import Error, StoreError
 from userfault.kernel import process
-from userfault.pager import evict, failure, faults, spawn, wire
+from userfault.pager import evict, failure, faults, pulse, spawn, wire
 from userfault.pager.exports import FDS_OF_OUTLET, Exports
 from userfault.pager.placement import WATCH_NS
-from userfault.pager.pool import Request, pool_of
+from userfault.pager.pool import pool_of
+from userfault.pager.pulse import Pulse
+from userfault.pager.requests import Request
 from userfault.pager.served import Served
 from userfault.pager.wire import Message
 from userfault.stores.descriptors import limit_open_files
@@ -43,6 +47,12 @@ SPARE = 32
 """Descriptors that are neither regions nor files of stores: sockets, pidfds, a glance into /proc."""
 
 
+def _patient(ward: socket.socket) -> socket.socket:
+    """Let nobody wait for a supervisor that does not read: it is stopped."""
+    ward.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 1, 0))
+    return ward
+
+
 class Control:
     """Answers requests until the application is gone. `run` is called by one thread; `post` by any."""
 
@@ -52,7 +62,8 @@ class Control:
         self.loop = loop
         loop.on_filled = self.progress
         self.regions: dict[int, Served] = {}
-        self.ward = socket.socket(fileno=will["ward"])
+        self.ward = _patient(socket.socket(fileno=will["ward"]))
+        self.pulse = Pulse(will["pulse"], pulse.WORKER)
         self.control = socket.socket(fileno=will["control"])
         self.supervisor = -1
         self.supervisor_pid = 0
@@ -91,6 +102,7 @@ class Control:
         while not self._over:
             ready = dict(self._poll.poll(WATCH_NS // 1_000_000 if self.loop.placement.yielding else TICK_MS))
             now = time.perf_counter_ns()
+            self.pulse.beat()
             with contextlib.suppress(OSError):  # no descriptor to be had for /proc, say: no reason to die
                 self.loop.placement.watch(now)
                 if now >= tick:
@@ -118,15 +130,31 @@ class Control:
     def _tick(self) -> None:
         if self._alone:
             self._replace_supervisor()
+        if self.supervisor >= 0 and self.pulse.is_lost(self.supervisor_pid, time.monotonic()):
+            self._kill_supervisor()
+        self._watch_loop()
         for region in list(self.regions.values()):
             region.publish(self.loop.placement.cpu)
             if region.pool is not None:
-                region.pool.stir()
+                region.pool.watch(time.perf_counter_ns())
         done, error = self.uffd.zeropage(
             1 << 16, PAGE_SIZE
         )  # nothing is registered there: ENOENT from a living process
         if not done and error == errno.ESRCH:
             self._over = True
+
+    def _watch_loop(self) -> None:
+        """Fail the block that the fault loop is being kept waiting for, and begin anew: nobody can end a read."""
+        reading = self.loop.reading
+        since, region, block = reading or (0, None, 0)
+        limit = region.source.retries.timeout_ns if region else 0
+        if region and limit and time.perf_counter_ns() - since > limit and not region.closing:
+            offset, length = region.geometry.span(block)
+            cause = f"timeout of {limit / 1e9:g} s, in the fault loop"
+            error = StoreError("the read did not return in time", cause=cause)
+            region.fail(block, failure.describe(error, region.source.name, offset, length, 1))
+            self._send()
+            os._exit(1)
 
     def progress(self) -> None:
         """Something has been achieved: this worker's death will not count against it. Called by any thread."""
@@ -162,8 +190,15 @@ class Control:
         os.close(own)
 
     def _tell_supervisor(self, message: Message) -> None:
-        with contextlib.suppress(OSError):  # it is dead: its successor gets all of this by will
-            wire.send(self.ward, message)
+        try:
+            wire.deliver(self.ward, message)
+        except BlockingIOError:  # it does not read: see `_patient`
+            self._kill_supervisor()
+
+    def _kill_supervisor(self) -> None:
+        failure.report(f"supervisor {self.supervisor_pid} is stopped or hangs, and is replaced")
+        with contextlib.suppress(OSError):
+            process.pidfd_send_signal(self.supervisor, signal.SIGKILL)
 
     def _hear_supervisor(self) -> None:
         message = wire.receive(self.ward)
@@ -186,7 +221,11 @@ class Control:
         with contextlib.suppress(KeyError, ValueError):
             self._poll.unregister(self.ward)
         self.ward.close()
-        ward, theirs = wire.pair()
+        try:
+            ward, theirs = wire.pair()
+        except OSError:
+            self._alone = True
+            return
         regions = [(region.id, region.fd) for region in self.regions.values()]
         exports = self.exports.descriptors()
         will = self.will | {"ward": theirs.fileno(), "regions": regions, "exports": exports, "strikes": 0}
@@ -199,7 +238,7 @@ class Control:
         finally:
             theirs.close()
         self._alone = False
-        self.ward = ward
+        self.ward = _patient(ward)
         self._poll.register(self.ward, select.POLLIN)
         self.introduce()
 
@@ -267,7 +306,8 @@ class Control:
 
     def adopt(self, region: Served) -> None:
         """Serve a region from now on."""
-        region.on_filled = self.progress
+        region.on_settled = self.progress
+        region.on_news = lambda kind, error: self.post(Message(kind, region=region.id, text=error))
         self.regions[region.id] = region
         self._share_descriptors()
         self.loop.add(region)
@@ -324,10 +364,10 @@ class Control:
 
         write, retry = bool(message.flags & wire.WRITE), message.kind == wire.RETRY
         urgent = not message.flags & wire.NO_ANSWER
-        request = Request(region, message.a, message.b, done, write=write, retry=retry, urgent=urgent)
+        request = Request(pool_of(region), message.a, message.b, done, write=write, retry=retry, urgent=urgent)
         open_requests = self._requests.setdefault(region.id, [])
         open_requests.append(request)
-        pool_of(region).wants(request)
+        request.pool.wants(request)
 
     def _evict(self, message: Message) -> None:
         dropped = evict.evict_range(self._region(message), message.a, message.b)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FDS_OF_OUTLET = wire.EXPORT_FDS + 1
 """Those that came, and the memory opened anew."""
+PAUSE_S = 0.02
+"""Until what failed is tried again."""
 
 
 class Exports:
@@ -41,6 +43,8 @@ class Exports:
         self._outlets: dict[int, Outlet] = {}
         self._by_fd: dict[int, Outlet] = {}
         self._epoll: select.epoll | None = None
+        self._stuck: set[Outlet] = set()
+        """Those whose last attempt failed; for the one thread alone."""
 
     def __len__(self) -> int:
         return len(self._outlets)
@@ -56,21 +60,37 @@ class Exports:
         if len(message.fds) != wire.EXPORT_FDS:
             wire.close_all(message.fds)
             raise OSError(24, "the pager has no descriptors left for an export; see `ulimit -n`")
-        try:
-            self.adopt(message.fds)
-        except BaseException:
-            wire.close_all(message.fds)
-            raise
+        self.adopt(message.fds)
         self._tell_supervisor(Message(wire.KEEP, region=message.region, fds=message.fds))
 
     def adopt(self, fds: tuple[int, ...], *, again: bool = False) -> None:
-        """Serve one whose descriptors are here."""
-        outlet = Outlet(fds, self._on_answer, again=again)
-        self._outlets[outlet.id] = outlet
+        """Serve one whose descriptors are here.
+
+        If that fails they are closed; but if a former worker has served it, this one is to die, and another to try.
+        """
+        try:
+            outlet = Outlet(fds, self._on_answer, again=again)
+        except BaseException:
+            wire.close_all(fds)
+            raise
+        try:
+            outlet.watch(self._started())
+            self._outlets[outlet.id] = outlet
+            for fd in (outlet.uffd.fd, outlet.ours.fileno()):
+                self._by_fd[fd] = outlet
+            outlet.pump()
+        except BaseException:
+            if not again:
+                self._forget(outlet)
+                outlet.close()
+            raise
+
+    def _forget(self, outlet: Outlet) -> None:
+        self._outlets.pop(outlet.id, None)
         for fd in (outlet.uffd.fd, outlet.ours.fileno()):
-            self._by_fd[fd] = outlet
-        outlet.watch(self._started())
-        outlet.pump()
+            self._by_fd.pop(fd, None)
+            with contextlib.suppress(OSError):  # others hold copies of these files: closing ours would not end the watch
+                self._started().unregister(fd)
 
     def renew(self, identity: int, number: int) -> None:
         """Let another program begin.
@@ -86,12 +106,9 @@ class Exports:
 
     def close(self, identity: int) -> None:
         """Serve one no longer."""
-        outlet = self._outlets.pop(identity)
+        outlet = self._outlets[identity]
         self._tell_supervisor(Message(wire.DROP, region=identity))  # a successor must never serve it again
-        epoll = self._started()
-        for fd in (outlet.uffd.fd, outlet.ours.fileno()):
-            epoll.unregister(fd)  # others hold copies of these files: closing ours would not end the watch
-            del self._by_fd[fd]
+        self._forget(outlet)
         outlet.close()
 
     def descriptors(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -111,14 +128,21 @@ class Exports:
             placement.saw(thread, time.perf_counter_ns())
 
         while True:
-            for fd, _ in epoll.poll():
+            for fd, _ in epoll.poll(PAUSE_S if self._stuck else None):
                 outlet = self._by_fd.get(fd)
-                if outlet is not None:
-                    self._pump(outlet, fd, saw)
+                if outlet is not None and outlet not in self._stuck:
+                    self._try(outlet, lambda outlet=outlet, fd=fd: outlet.pump(fd, saw))
+            for outlet in tuple(self._stuck):
+                self._try(outlet, outlet.recover)
 
-    def _pump(self, outlet: Outlet, fd: int, saw: Callable[[int], None]) -> None:
+    def _try(self, outlet: Outlet, action: Callable[[], None]) -> None:
+        """Do something; if it fails, for want of memory perhaps, it is tried again, since no edge comes twice."""
         try:
-            outlet.pump(fd, saw)
+            action()
         except Exception as error:  # noqa: BLE001  # the others must go on
             with contextlib.suppress(Exception):
-                failure.report(f"export {outlet.id}: {failure.plain(error)}")
+                if outlet not in self._stuck:
+                    failure.report(f"export {outlet.id}: {failure.plain(error)}")
+            self._stuck.add(outlet)
+        else:
+            self._stuck.discard(outlet)

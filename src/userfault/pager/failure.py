@@ -9,6 +9,7 @@ import marshal
 import os
 import select
 
+from userfault.blocks.errors import MAX_TEXT
 from userfault.errors import StoreError
 
 TYPE_CHECKING = False
@@ -16,14 +17,24 @@ if TYPE_CHECKING:
     from userfault.stores.base import Store
 
 LOUD = 10
-"""Failures of a region that are printed to standard error; the rest only counted."""
+"""Failures of a region that are printed to standard error, and told to the application; the rest only counted."""
+_LIMITS = 2000, 200, 100, 50, 20
+"""Characters of a text: as many as fit."""
 
 
-def describe(error: BaseException, store: Store, offset: int, length: int) -> StoreError:
+def describe(error: BaseException, store: str, offset: int, length: int, attempts: int) -> StoreError:
     """Make the error that the application is to see of whatever a store raised. Never raises."""
-    plain_error = plain(error)
-    message, cause = plain_error.message, plain_error.cause
-    return StoreError(message, store=name_of(store), offset=offset, length=length, attempts=1, cause=cause)
+    said = plain(error)
+    attempts = max(attempts, said.attempts)
+    return StoreError(
+        said.message,
+        store=store,
+        offset=offset,
+        length=length,
+        attempts=attempts,
+        cause=said.cause,
+        permanent=said.permanent,
+    )
 
 
 def plain(error: BaseException) -> StoreError:
@@ -59,14 +70,25 @@ def report(text: str) -> None:
         return
 
 
-def encode(error: BaseException) -> bytes:
-    """Turn an error into the text of a message."""
+def encode(error: BaseException, most: int = 16 << 10) -> bytes:
+    """Turn an error into the text of a message of at most `most` bytes."""
     e = plain(error)
-    fields = (e.message, e.store, e.offset, e.length, e.attempts, e.cause)
-    return marshal.dumps(tuple(f[:2000] if isinstance(f, str) else f for f in fields))
+    for limit in _LIMITS:
+        texts = (part[:limit] for part in (e.message, e.store, e.cause))
+        text = marshal.dumps((*texts, e.offset, e.length, e.attempts, e.permanent))
+        if len(text) <= most:
+            break
+    return text
+
+
+def abridge(text: bytes) -> bytes:
+    """Return the text of an error so that it fits into the region's log of errors."""
+    return text if len(text) <= MAX_TEXT else encode(decode(text), MAX_TEXT)
 
 
 def decode(text: bytes) -> StoreError:
     """Turn the text of a message into an error."""
-    message, store, offset, length, attempts, cause = marshal.loads(text)  # noqa: S302  # from our own pager
-    return StoreError(message, store=store, offset=offset, length=length, attempts=attempts, cause=cause)
+    message, store, cause, offset, length, attempts, permanent = marshal.loads(text)  # noqa: S302  # our own pager's
+    return StoreError(
+        message, store=store, offset=offset, length=length, attempts=attempts, cause=cause, permanent=permanent
+    )

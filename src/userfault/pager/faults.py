@@ -31,8 +31,8 @@ from userfault.blocks.geometry import PAGE_SIZE
 from userfault.blocks.states import BlockState
 from userfault.kernel import abi
 from userfault.pager.placement import PERIOD_NS
-from userfault.pager.pool import pool_of
-from userfault.pager.served import Staging
+from userfault.pager.pool import Work, pool_of
+from userfault.pager.staging import Staging
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class FaultLoop:
         self.filled = False
         """Whether this loop has answered anything yet; `on_filled` is called when it has."""
         self.on_filled: Callable[[], None] = _nothing
+        self.reading: tuple[int, Served, int] | None = None
+        """Since when (ns) this thread has been in a store, for which block of which region; None while it is not."""
         self._table: tuple[tuple[int, ...], tuple[Served, ...]] = ((), ())
         self._staging = Staging(2 << 20)
         self._asked: dict[int, tuple[int, int]] = {}
@@ -118,7 +120,12 @@ class FaultLoop:
                         continue
                     region = found
                     base, end, shift, block_size = region.base, region.end, region.shift, region.block_size
-                    whole, mode, order, locate = region.whole_blocks, region.copy_mode, region.order, region.locate
+                    whole, mode, order, locate = (
+                        region.whole_blocks,
+                        region.copy_mode,
+                        region.order,
+                        region.source.locate,
+                    )
                     states, claims, waiters = region.states, region.claims, region.waiters
                     bounded, histogram = region.limit < region.geometry.blocks, region.counters.histogram
                 block = (address - base) >> shift
@@ -195,10 +202,14 @@ class FaultLoop:
 
     def _demand(self, region: Served, block: int, source: int, start: int) -> None:
         """Bring in a claimed block that takes more than a copy: room first, a computation, or a read that may wait."""
-        source = source or region.at_hand(block, self._staging)
-        if source or region.inline:
-            region.bring(block, self._staging, source)
-            region.counters.record(time.perf_counter_ns() - start)
+        self.reading = start, region, block
+        source = source or region.source.at_hand(block, self._staging)
+        error: BaseException | None = None
+        if not source and region.source.inline:
+            source, error = region.source.read(block, self._staging)
+        self.reading = None
+        if source or error:
+            pool_of(region).settle(Work(block, start), error or region.install(block, source))
         else:
             region.claims[block] = READING
             self.placement.relax()

@@ -27,8 +27,8 @@ the pager outlives it; an exec closes our end; a forked child does not own the s
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import select
@@ -36,13 +36,16 @@ import signal
 import socket
 import struct
 import threading
+import time
 
 from userfault.errors import UnsupportedError
 from userfault.kernel import process
+from userfault.kernel.syscalls import naming
 
 F_SETOWN_EX = 15  # <fcntl.h> with _GNU_SOURCE; Linux 2.6.32
 F_OWNER_TID = 0
 F_SETSIG = 10
+PAUSE_S = 0.1
 _OWNER = struct.Struct("=ii")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -83,39 +86,70 @@ class Lifeline:
 
     def __init__(self) -> None:
         signal_number()
-        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._armed = False
+        with naming("socketpair"):
+            self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.armed = False
+        """Whether the death of the pager ends this process."""
 
     def receive_here(self) -> None:
-        """Make the calling thread the one that takes the signal."""
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal_number(), signal.SIGABRT})
+        """Make the calling thread the one that takes the signal.
+
+        Raises:
+            KernelError: in a sandbox.
+        """
+        with naming("rt_sigprocmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal_number(), signal.SIGABRT})
         fd = self._ours.fileno()
-        fcntl.fcntl(fd, F_SETOWN_EX, _OWNER.pack(F_OWNER_TID, threading.get_native_id()))
-        fcntl.fcntl(fd, F_SETSIG, signal_number())
+        with naming("fcntl(F_SETOWN_EX)"):
+            fcntl.fcntl(fd, F_SETOWN_EX, _OWNER.pack(F_OWNER_TID, threading.get_native_id()))
+        with naming("fcntl(F_SETSIG)"):
+            fcntl.fcntl(fd, F_SETSIG, signal_number())
 
     def intact(self) -> bool:
-        """Whether somebody of the pager lives."""
+        """Whether somebody of the pager lives.
+
+        Raises:
+            KernelError: ENOMEM.
+        """
         poll = select.poll()
         poll.register(self._ours.fileno(), select.POLLIN)
-        return not poll.poll(0)
+        with naming("poll", "whether the pager lives"):
+            return not poll.poll(0)
 
     def arm(self) -> bool:
-        """From now on the death of the pager ends this process; False if it is dead already, and then nothing is."""
+        """From now on the death of the pager ends this process; False if it is dead already, and then nothing is.
+
+        Raises:
+            KernelError: ENOMEM; then it is not armed.
+        """
+        alive = False
+        self._set_async(os.O_ASYNC)
+        try:
+            alive = self.armed = self.intact()  # not before it is known: the thread in wait() may be looking at it
+        finally:
+            if not alive:
+                self.disarm()
+        return alive
+
+    def _set_async(self, flag: int) -> None:
         fd = self._ours.fileno()
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
-        self._armed = self.intact()  # not before it is known: the thread in wait() may be looking at it
-        if not self._armed:
-            self.disarm()
-        return self._armed
+        with naming("fcntl(F_SETFL)", "the lifeline of the pager"):
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_ASYNC | flag)
 
     def wait(self) -> None:
         """Stay until nobody of the pager lives; then, if armed, end the process (the signal should have).
 
         The listening thread must not end before: the signal is aimed at it, and would reach nobody.
         """
-        with contextlib.suppress(OSError):
-            self._ours.recv(1)
-        if self._armed:
+        while True:
+            try:
+                self._ours.recv(1)
+                break
+            except OSError as error:
+                if error.errno == errno.EBADF:  # closed, by another thread
+                    break
+                time.sleep(PAUSE_S)  # without memory one cannot even wait
+        if self.armed:
             os.abort()
 
     def release_theirs(self) -> None:
@@ -124,10 +158,9 @@ class Lifeline:
 
     def disarm(self) -> None:
         """Let the pager go without a signal."""
-        self._armed = False
-        fd = self._ours.fileno()
-        if fd >= 0:
-            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_ASYNC)
+        self.armed = False
+        if self._ours.fileno() >= 0:
+            self._set_async(0)
 
     def close(self) -> None:
         """Close this process's end, without a signal."""

@@ -1,37 +1,30 @@
 """The application's connection to its pager: starting it, asking it, ending it.
 
-A `Link` has the sockets, the requests that wait for an answer, and the one thread that listens.  The listening
-thread is also the one that the lifeline aims at: it is parked in `recvmsg` without the GIL and touches no region.
-
-A request may be sent twice: when a worker says hello, everything unanswered goes to it.
+A `Link` has the sockets, the requests that wait for an answer (`calls`), and the one thread that listens.  That thread
+is also the one that the lifeline aims at: it is parked in `recvmsg` without the GIL and touches no region.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import select
 import socket
 import sys
 import threading
 import weakref
-from collections import deque
 from threading import RLock, Thread
 
 from userfault.errors import KernelError, PagerLostError
 from userfault.kernel import abi
 from userfault.kernel.userfaultfd import Userfaultfd
 from userfault.latch import Latch
-from userfault.pager import failure, spawn, wire
+from userfault.pager import failure, logs, pulse, spawn, wire
+from userfault.pager.calls import Call, Calls
 from userfault.pager.lifeline import Lifeline, signal_number
 from userfault.pager.wire import Message
 from userfault.shield import to_the_end
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from userfault.pager.mapping import Mapping
 
 FEATURES = (
     abi.UFFD_FEATURE_THREAD_ID
@@ -47,19 +40,9 @@ STOP_S = 10.0
 
 forking = RLock()
 """Held while descriptors exist that a forked child must not inherit unknowingly; a fork waits for it."""
+_LEVELS = {wire.BLOCK_FAILED: logs.ERROR, wire.READ_FAILED: logs.WARNING}
 links: weakref.WeakSet[Link] = weakref.WeakSet()
 """Every link of this process, for the sake of forked children."""
-
-
-class _Pending:
-    """A request that waits for its answer."""
-
-    __slots__ = ("answer", "answered", "message")
-
-    def __init__(self, message: Message) -> None:
-        self.message = message
-        self.answered = Latch()
-        self.answer: Message | None = None
 
 
 class Link:
@@ -71,11 +54,7 @@ class Link:
         self.workers = 0
         self.lost = ""
         self._open_regions = 0
-        self._ids = itertools.count(1)
         self._lock = RLock()  # a finalizer may run while this thread holds it
-        self._pending: dict[int, _Pending] = {}
-        self._unsent: deque[Message] = deque()
-        """What `retire` could not send yet."""
         self._hello, self._ended = Latch(), Latch()
         self._over = self._listening = False
         self._farewell = ""
@@ -100,6 +79,11 @@ class Link:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 detail = "starting a pager takes some 12 descriptors; close some, or raise the limit (ulimit -n)"
                 raise KernelError(error.errno, getattr(error, "syscall", "open"), detail) from error
+            if isinstance(error, OSError) and not isinstance(error, KernelError):
+                raise KernelError(error.errno or 0, "starting the pager", str(error)) from error
+            if isinstance(error, RuntimeError):
+                detail = "the pager needs one thread in this process; see `ulimit -u`, -v and -d"
+                raise KernelError(errno.EAGAIN, "clone", detail) from error
             raise
 
     def _begin(self) -> None:
@@ -107,6 +91,7 @@ class Link:
             self.uffd = Userfaultfd.open(FEATURES)
             self.lifeline = Lifeline()
             self._control, theirs = wire.pair()
+            self.calls = Calls(self._control)
             try:
                 self._start(theirs)
             finally:
@@ -119,7 +104,7 @@ class Link:
         """Leave nothing of a start that failed or was interrupted: what was not made yet is not there."""
         self._farewell = "its start was given up"
         self.lost = self.lost or self._farewell
-        if hasattr(self, "_control"):
+        if hasattr(self, "calls"):
             self._stop()
         elif hasattr(self, "lifeline"):
             self.lifeline.close()
@@ -128,7 +113,7 @@ class Link:
 
     def _start(self, control: socket.socket) -> None:
         supervisor, worker = wire.pair()
-        application = os.pidfd_open(self.pid)
+        application, beats = os.pidfd_open(self.pid), pulse.create()
         common = {
             "pid": self.pid,
             "application": application,
@@ -136,6 +121,7 @@ class Link:
             "features": FEATURES,
             "control": control.fileno(),
             "lifeline": self.lifeline.theirs.fileno(),
+            "pulse": beats,
             "regions": [],
             "exports": [],
             "strikes": 0,
@@ -145,12 +131,9 @@ class Link:
                 spawn.start_pair(common | {"ward": supervisor.fileno()}, common | {"ward": worker.fileno()})
             finally:
                 os.close(application)
+                os.close(beats)
 
     # -- requests --------------------------------------------------------------------------------------------
-
-    def next_id(self) -> int:
-        """Return a number never used before on this link."""
-        return next(self._ids)
 
     def request(self, message: Message) -> Message:
         """Send a request and wait for its answer, however many workers it takes.
@@ -161,47 +144,28 @@ class Link:
         """
         if sys.is_finalizing():
             raise PagerLostError("the interpreter is shutting down, and nobody listens any more")
-        pending = self._send(message)
+        self.check()
+        call = self.calls.begin(message)
         try:
-            self._wait(pending)
-        except BaseException:  # Ctrl-C: nobody wants the answer any more, least of all from another worker
-            self._pending.pop(message.id, None)
+            self._wait(call)
+        except BaseException:  # Ctrl-C
+            self.calls.forget(call)
             raise
-        answer = pending.answer
-        if answer is None:
+        if call.answer is None:
             raise PagerLostError(self.lost)
-        if answer.kind == wire.FAILED:
-            raise failure.decode(answer.text)
-        return answer
+        if call.answer.kind == wire.FAILED:
+            raise failure.decode(call.answer.text)
+        return call.answer
 
-    def _wait(self, pending: _Pending, timeout: float | None = None) -> None:
+    def _wait(self, call: Call, timeout: float | None = None) -> None:
         if not self._is_listener():
-            pending.answered.wait(timeout)
+            call.answered.wait(timeout)
             return
-        while not pending.answered.is_set:  # a finalizer, which the garbage collector runs in the listening thread
+        while not call.answered.is_set:  # a finalizer, which the garbage collector runs in the listening thread
             self._hear_one()
 
     def _is_listener(self) -> bool:
         return threading.get_ident() == self._thread.ident
-
-    def tell(self, message: Message) -> None:
-        """Send a request that nobody waits for. Lost with the worker that got it."""
-        with contextlib.suppress(OSError):
-            wire.send(self._control, message)
-
-    def _send(self, message: Message) -> _Pending:
-        self.check()
-        message.id = self.next_id()
-        pending = _Pending(message)
-        self._pending[message.id] = pending
-        try:
-            wire.send(self._control, message)
-        except OSError as error:
-            self._pending.pop(message.id, None)
-            raise PagerLostError(self.lost or f"the pager's socket failed: {error}") from error
-        if self.lost:  # while we sent
-            pending.answered.set()
-        return pending
 
     def check(self) -> None:
         """Raise PagerLostError if there is no pager, or none of this process's."""
@@ -235,30 +199,6 @@ class Link:
         """How many regions are open."""
         return self._open_regions
 
-    def retire(self, mapping: Mapping) -> None:
-        """End a region that nobody holds any more. Called by finalizers, in any thread: does not wait."""
-        message = Message(wire.CLOSE, self.next_id(), mapping.identity)
-        self._pending[message.id] = _Retired(message, mapping)
-        self._unsent.append(message)
-        self._send_retired()
-
-    def _send_retired(self) -> None:
-        """Send what the socket takes; the rest goes out as answers come in."""
-        while not self.lost:
-            try:
-                message = self._unsent.popleft()
-            except IndexError:  # sent, by another thread perhaps
-                return
-            try:
-                wire.send(self._control, message, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                self._unsent.appendleft(message)
-                return
-            except OSError:
-                break
-        if self.lost:
-            self._settle_all()
-
     # -- the listening thread --------------------------------------------------------------------------------
 
     def _listen(self) -> None:
@@ -267,12 +207,18 @@ class Link:
                 return
             self._listening = True
         try:
-            self.lifeline.receive_here()
+            self._receive_lifeline()
             while not self._over:
                 self._hear_one()
             self.lifeline.wait()
         finally:
             self._ended.set()
+
+    def _receive_lifeline(self) -> None:
+        try:
+            self.lifeline.receive_here()
+        except OSError as error:
+            self._end(f"the lifeline could not be aimed: {error}")
 
     def _hear_one(self) -> None:
         """Receive one message and act on it."""
@@ -293,38 +239,29 @@ class Link:
     def _hear(self, message: Message) -> None:
         if message.kind == wire.HELLO:
             self._greet(message)
+        elif message.kind in _LEVELS:
+            logs.put(_LEVELS[message.kind], "region", failure.decode(message.text))
         elif message.kind == wire.LOST:
             self._end(message.text.decode())
-        elif pending := self._pending.pop(message.id, None):
-            pending.answer = message
-            if isinstance(pending, _Retired):
-                pending.finish()
-            pending.answered.set()
-            self._send_retired()
+        else:
+            self.calls.hear(message)
 
     def _greet(self, message: Message) -> None:
-        """A worker says hello: a new one gets everything that the old one may have taken along."""
-        again = list(self._pending.values()) if self._hello.is_set else []
+        """A worker says hello."""
         self.workers += message.a != self.worker_pid
+        _log_change("worker", self.worker_pid, message.a)
+        _log_change("supervisor", self.supervisor_pid, message.b)
         self.worker_pid, self.supervisor_pid = message.a, message.b
-        for pending in again:
-            with contextlib.suppress(OSError):
-                wire.send(self._control, pending.message)
+        if self._hello.is_set:
+            self.calls.repeat()
         self._hello.set()
 
     def _end(self, reason: str) -> None:
+        if not (self.lost or self._farewell or self.lifeline.armed):  # this process ends at this moment if it is armed
+            logs.put(logs.ERROR, "pager", reason)
         self.lost = self.lost or self._farewell or reason
         self._hello.set()
-        self._settle_all()
-
-    def _settle_all(self) -> None:
-        """Nobody answers any more."""
-        self._unsent.clear()
-        for pending in list(self._pending.values()):
-            if isinstance(pending, _Retired):
-                pending.finish()
-            pending.answered.set()
-        self._pending.clear()
+        self.calls.end()
 
     # -- the end ---------------------------------------------------------------------------------------------
 
@@ -343,7 +280,7 @@ class Link:
         watched = [fd for fd in map(_pidfd, (self.worker_pid, self.supervisor_pid)) if fd >= 0]
         if not self.lost:
             with contextlib.suppress(PagerLostError):
-                self._wait(self._send(Message(wire.BYE)), STOP_S)
+                self._wait(self.calls.begin(Message(wire.BYE)), STOP_S)
         self.lost = self.lost or self._farewell
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
@@ -356,7 +293,7 @@ class Link:
         """End the pager without waiting; for a finalizer, which may run in any thread, the listening one too."""
         if self.pid == os.getpid() and self in links:
             self.lifeline.disarm()
-            self.tell(Message(wire.BYE))
+            self.calls.tell(Message(wire.BYE))
             self.lost = self.lost or "the pager was dropped"
             with contextlib.suppress(OSError):
                 self._control.shutdown(socket.SHUT_WR)
@@ -368,20 +305,9 @@ class Link:
         self.uffd.close()
 
 
-class _Retired(_Pending):
-    """The CLOSE of a region that nobody holds; keeps its memory until the pager has answered."""
-
-    __slots__ = ("mapping",)
-
-    def __init__(self, message: Message, mapping: Mapping) -> None:
-        super().__init__(message)
-        self.mapping: Mapping | None = mapping
-
-    def finish(self) -> None:
-        mapping, self.mapping = self.mapping, None
-        if mapping is not None:
-            mapping.finish()
-            mapping.link.closed()
+def _log_change(role: str, before: int, now: int) -> None:
+    if before not in (-1, now):
+        logs.put(logs.WARNING, "pager", f"{role} {before} has ended, and {now} has taken its place")
 
 
 def _pidfd(pid: int) -> int:

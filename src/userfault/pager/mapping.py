@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from userfault.pager.client import Pager
     from userfault.pager.link import Link
     from userfault.pager.recipe import Recipe
+    from userfault.retry import RetryPolicy
 
 MODES = {"r": book.READ_ONLY, "c": book.COPY_ON_WRITE}
 _RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | abi.MAP_NORESERVE
@@ -55,7 +56,14 @@ class Mapping(mmap.mmap):
     _owner: int
 
     def begin(
-        self, pager: Pager, identity: int, geometry: Geometry, mode: str, budget: int | None, recipe: Recipe
+        self,
+        pager: Pager,
+        identity: int,
+        geometry: Geometry,
+        mode: str,
+        budget: int | None,
+        retries: RetryPolicy,
+        recipe: Recipe,
     ) -> int:
         """Put a fresh region in place of the empty memory; return its memfd, for the pager.
 
@@ -69,7 +77,7 @@ class Mapping(mmap.mmap):
         try:
             recipe.write(fd, layout.recipe)
             self.ledger = Ledger(fd, layout)
-            self._write_header(mode, budget, layout)
+            self._write_header(mode, budget, retries, layout)
             self._cover(fd)
             self._register(self.link.uffd, mode)
             memory.protect(self.address, self.length, _protection(mode))
@@ -80,7 +88,7 @@ class Mapping(mmap.mmap):
         _alive.add(self)
         return fd
 
-    def _write_header(self, mode: str, budget: int | None, layout: Layout) -> None:
+    def _write_header(self, mode: str, budget: int | None, retries: RetryPolicy, layout: Layout) -> None:
         words = self.ledger.words
         header = {
             book.W_MAGIC: book.MAGIC,
@@ -92,6 +100,7 @@ class Mapping(mmap.mmap):
             book.W_BUDGET: book.NO_BUDGET if budget is None else budget,
             book.W_RECIPE_LENGTH: layout.recipe_length,
         }
+        header.update(enumerate(retries.numbers(), book.W_ATTEMPTS))
         for index, value in header.items():
             words[index] = value
 
@@ -132,7 +141,7 @@ class Mapping(mmap.mmap):
 
     def __del__(self) -> None:
         if getattr(self, "_owner", 0) == os.getpid():
-            self.link.retire(self)  # which holds it until the pager has answered
+            self.link.calls.retire(self)  # which holds it until the pager has answered
 
 
 def _protection(mode: str) -> int:

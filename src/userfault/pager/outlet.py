@@ -103,7 +103,8 @@ class Outlet:
     """One exported descriptor. Methods may be called by any thread of the worker.
 
     Args:
-        fds: Of the record, the userfaultfd, our end, the program's end, and the memory.
+        fds: Of the record, the userfaultfd, our end, the program's end, and the memory. They are its own, once it is
+            made.
         on_answer: Called after each answer.
         again: Whether a former worker has served it.
     """
@@ -111,9 +112,8 @@ class Outlet:
     def __init__(self, fds: tuple[int, ...], on_answer: Callable[[], None], *, again: bool = False) -> None:
         from userfault.protocol import connection, messages, states  # here, and not for workers that export nothing
 
-        record, uffd, ours, theirs, memory = fds
         self.fds = fds
-        self.record = Record(record)
+        self.record = Record(fds[0])
         self.words = self.record.words
         self.id: int = self.words[book.W_ID]
         self.base: int = self.words[book.W_ADDRESS]
@@ -124,28 +124,44 @@ class Outlet:
         self.on_answer = on_answer
         self.closed = False
         self._lock = RLock()
-        scale, other = wire.pair()
-        with scale, other:
-            self.memory = os.open(f"/proc/self/fd/{memory}", os.O_RDWR | os.O_CLOEXEC)  # a file position of its own
-            self.uffd = Userfaultfd(uffd)  # from here on nothing fails, and the descriptors are ours
-            self.ours, self.theirs = socket.socket(fileno=ours), socket.socket(fileno=theirs)
-            self._room = self.theirs.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-            self._token = _PARKED + os.urandom(_WORDS - len(_PARKED))
-            length = self._room // 4 - 384  # with the kernel's own part just over a quarter
-            self._parking = self._token.ljust(length, b"\0")
-            self._cost, self._parking_cost = _cost(scale, 8), _cost(scale, length)
+        self._token = _PARKED + os.urandom(_WORDS - len(_PARKED))
         self._sent = self._parked = 0
         """Packets of ours that lie on the other side, unread; packets of ours that lie on this side."""
-        self._most = self.ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 4 // self._cost - 1
         self._marked = True
         self._head = bytearray(_WORDS)
         self._starved = again
         self._in_front = False
         """Whether what is parked lies before whatever the program has written."""
+        with contextlib.ExitStack() as undo:
+            self._open(undo)
+            self._measure()
+            if again:
+                self._take_over()
+            self._wake_all()
+            undo.pop_all()
+
+    def _open(self, undo: contextlib.ExitStack) -> None:
+        """Take the descriptors, until it is undone."""
+        _, uffd, ours, theirs, memory = self.fds
+        self.uffd = Userfaultfd(uffd)
+        undo.callback(self.uffd.detach)
+        self.ours = socket.socket(fileno=ours)
+        undo.callback(self.ours.detach)
+        self.theirs = socket.socket(fileno=theirs)
+        undo.callback(self.theirs.detach)
+        self.memory = os.open(f"/proc/self/fd/{memory}", os.O_RDWR | os.O_CLOEXEC)  # a file position of its own
+        undo.callback(os.close, self.memory)
         os.set_blocking(uffd, False)
-        if again:
-            self._take_over()
-        self._wake_all()
+
+    def _measure(self) -> None:
+        """Find out what packets cost."""
+        self._room = self.theirs.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        length = self._room // 4 - 384  # with the kernel's own part just over a quarter
+        self._parking = self._token.ljust(length, b"\0")
+        scale, other = wire.pair()
+        with scale, other:
+            self._cost, self._parking_cost = _cost(scale, 8), _cost(scale, length)
+        self._most = self.ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 4 // self._cost - 1
 
     def watch(self, epoll: select.epoll) -> None:
         """Have an epoll wake for whatever may happen to it: `pump` then."""
@@ -171,6 +187,13 @@ class Outlet:
             self._settle()
             self._tell()
             self._publish()
+
+    def recover(self) -> None:
+        """Begin again where `pump` failed: whoever still waits asks anew."""
+        with self._lock:
+            if not self.closed:
+                self._wake_all()
+                self.pump()
 
     def renew(self, number: int) -> None:
         """Begin the conversation anew, with another program: it is told of every fault that is not resolved.
@@ -327,7 +350,7 @@ class Outlet:
         """Look at the first packet that lies here, and return its length; -1 if there is none."""
         try:
             length = self.ours.recv_into(self._head, 0, _LOOK)
-        except OSError:
+        except (BlockingIOError, ConnectionError):
             return -1
         # Nothing may be an empty packet, or the end: it has shut down.
         return length if length or _count(self.theirs, _TIOCOUTQ) else -1
@@ -355,7 +378,7 @@ class Outlet:
     def _park(self) -> bool:
         try:
             self.theirs.send(self._parking, _SEND)
-        except OSError:  # full of what it has written itself: not writable either. Or it has shut down
+        except (BlockingIOError, ConnectionError):  # full of what it has written: not writable. Or it has shut down
             return False
         self._parked += 1
         self._in_front = False
@@ -396,7 +419,7 @@ class Outlet:
     def _tell(self) -> None:
         """Send what may be read: the answer of the handshake, or the faults."""
         self._note_state()
-        with contextlib.suppress(OSError):  # it has shut down
+        with contextlib.suppress(BlockingIOError, ConnectionError):  # it has shut down
             while self._sent < self._most and (packet := self.connection.outgoing(self._sent)) is not None:
                 if self._answering():
                     self._mark(len(packet))

@@ -5,92 +5,58 @@ range that `ensure`, `prefetch` or `retry` asked for.  Demands go first, whateve
 somebody waits for, in turns; then the others.  A request's next block is taken only when a thread is free for it, so
 that a long prefetch never stands between a fault and its block.
 Threads are started when there is work for them, up to the store's `concurrency`, and end when idle.
+
+A read that fails is put aside until its pause is over, and no thread waits for that.  A read that takes longer than the
+region's timeout is *abandoned*: whoever watches the clock takes the work out of `_reading` and settles it; the thread,
+should the store ever let it go, finds its work gone, touches nothing, and ends.  One lock decides between the two.
 """
 
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
+import os
+import sys
 import time
+from _thread import start_new_thread
 from collections import deque
-from threading import Condition, Thread
+from threading import Condition
 
-from userfault.blocks.states import BlockState
 from userfault.errors import StoreError
 from userfault.pager import failure, placement
-from userfault.pager.served import Staging
+from userfault.pager.staging import Staging
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from userfault.pager.requests import Request
     from userfault.pager.served import Served
 
-ABSENT, FILLING, CLEAN, FAILED = (
-    int(s) for s in (BlockState.ABSENT, BlockState.FILLING, BlockState.CLEAN, BlockState.FAILED)
-)
 IDLE_S = 5.0
 """After which a thread with nothing to do ends (Java's cached pools wait a minute; ours start in 0.1 ms)."""
+MOST_ABANDONED = 32
+"""Threads of one region that hang in its store, before further reads fail at once; as many again as it may have."""
 
 
-class Request:
-    """A range of blocks that somebody wants in memory; `done` is called once, when all of it is settled.
+MOST_LOOKS = 5
+"""At half a second each: a thread that has not begun by then never will, for want of memory.  A successor may have it.
 
-    `write` asks for write access too; `retry` brings failed blocks in once more. `error` is why it failed, or None.
-    """
+So threads are started with `_thread`: `threading.Thread.start` waits for the first step, under the pool's lock.
+"""
 
-    def __init__(
-        self,
-        region: Served,
-        first: int,
-        stop: int,
-        done: Callable[[Request], None],
-        *,
-        write: bool = False,
-        retry: bool = False,
-        urgent: bool = True,
-    ) -> None:
-        self.region = region
-        self.write = write and region.protects
-        self.retry = retry
-        self.urgent = urgent
-        """Whether somebody waits for it."""
-        self.error: bytes | None = None
-        self._next = first
-        self._stop = stop
-        self._repeat: deque[int] = deque()
-        self._open = stop - first
-        self._done = done
 
-    def take(self) -> int | None:
-        """Return the next block to look at, or None. Called under the pool's lock."""
-        if self._repeat:
-            return self._repeat.popleft()
-        if self._next == self._stop:
-            return None
-        self._next += 1
-        return self._next - 1
+class Work:
+    """A block to bring in, for a thread that is stopped at it or for a request."""
 
-    def again(self, block: int) -> None:
-        """Look at a block once more: whoever had claimed it is done."""
-        if not self.region.closing:
-            self._repeat.append(block)
-            pool_of(self.region).wants(self)
+    __slots__ = ("block", "failed", "request", "since")
 
-    def settle(self) -> None:
-        """One block of the range is settled."""
-        with self.region.lock:
-            self._open -= 1
-            last = self._open == 0
-        if last:
-            self._done(self)
-
-    def abandon(self, error: bytes) -> None:
-        """Settle all that is left: the region closes."""
-        with self.region.lock:
-            left, self._open = self._open, 0
-        if left:
-            self.error = self.error or error
-            self._done(self)
+    def __init__(self, block: int, since: int = 0, request: Request | None = None) -> None:
+        self.block = block
+        self.since = since
+        """When it was asked for, in nanoseconds."""
+        self.request = request
+        self.failed = 0
+        """Attempts that have failed."""
 
 
 class Pool:
@@ -98,19 +64,29 @@ class Pool:
 
     def __init__(self, region: Served) -> None:
         self.region = region
-        self._most = max(1, region.store.concurrency)
+        self._most = max(1, region.source.store.concurrency)
         self._threads = 0
         self._busy = 0
-        self._demands: deque[tuple[int, int]] = deque()
+        self._unborn = self._looks = 0
+        """Threads that have been started and have not begun, and for how many looks that has been so."""
+        self._abandoned = 0
+        self._demands: deque[Work] = deque()
         self._requests: deque[Request] = deque()
         self._patient: deque[Request] = deque()
+        self._later: list[tuple[int, int, Work]] = []
+        """Reads that have failed, by the time at which they are tried again."""
+        self._order = itertools.count()
+        self._reading: dict[object, tuple[int, Work]] = {}
+        """By thread: since when it has been in the store, and for what."""
         self._changed = Condition()
         self._closed = False
+
+    # -- for other threads -----------------------------------------------------------------------------------
 
     def demand(self, block: int, since: int) -> None:
         """Bring in a block that a thread waits for since `since` (ns); the caller has claimed it for this pool."""
         with self._changed:
-            self._demands.append((block, since))
+            self._demands.append(Work(block, since))
             self._stir()
 
     def wants(self, request: Request) -> None:
@@ -121,129 +97,152 @@ class Pool:
                 queue.append(request)
             self._stir()
 
-    def stir(self) -> None:
-        """See that queued work has a thread: one could not be started before, perhaps. Called twice a second."""
+    def watch(self, now: int) -> None:
+        """Abandon reads that take too long, and see that queued work has a thread. Called twice a second."""
+        limit = self.region.source.retries.timeout_ns
         with self._changed:
-            if self._demands or self._requests or self._patient:
+            late = [me for me, (since, _) in self._reading.items() if limit and now - since > limit]
+            works = [self._reading.pop(me)[1] for me in late]
+            self._abandoned += len(works)
+            self._threads -= len(works)
+            self._busy -= len(works)
+            if self._has_work():
                 self._stir()
+            self._looks = self._looks + 1 if self._unborn else 0
+            if self._looks > MOST_LOOKS:
+                os._exit(1)
+        for work in works:
+            self.settle(work, StoreError("the read did not return in time", cause=f"timeout of {limit / 1e9:g} s"))
 
     def close(self) -> None:
         """End the threads as they become idle; nobody waits for a read that hangs."""
         with self._changed:
             self._closed = True
+            self._later.clear()
             self._changed.notify_all()
+
+    def settle(self, work: Work, error: BaseException | None) -> None:
+        """End an attempt: the block is there, or is tried again later, or fails. The block's claim is ours."""
+        region, block = self.region, work.block
+        reason = None
+        if error is None:
+            region.arrived(block)
+        else:
+            work.failed += 1
+            offset, length = region.geometry.span(block)
+            said = failure.describe(error, region.source.name, offset, length, work.failed)
+            if not region.closing and region.source.retries.allow(work.failed, said):
+                region.tell_retry(said)
+                self._put_aside(work)
+                return
+            reason = region.fail(block, said)
+        region.release(block)
+        if work.request is not None:
+            work.request.brought(block, reason)
+        else:
+            region.counters.record(time.perf_counter_ns() - work.since)
+
+    def _put_aside(self, work: Work) -> None:
+        due = time.perf_counter_ns() + round(1e9 * self.region.source.retries.pause(work.failed))
+        with self._changed:
+            heapq.heappush(self._later, (due, next(self._order), work))
+            self._stir()
+
+    # -- its threads -----------------------------------------------------------------------------------------
+
+    def _has_work(self) -> bool:
+        return bool(self._demands or self._requests or self._patient or self._later)
 
     def _stir(self) -> None:
         """Under the lock: see that enough threads are awake for what is queued."""
-        queued = len(self._demands) + (self._most if self._requests or self._patient else 0)
+        queued = len(self._demands) + bool(self._later) + (self._most if self._requests or self._patient else 0)
         if queued > self._threads - self._busy and self._threads < self._most:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # no more threads to be had: those there are will do, or the next stir
-                Thread(target=self._work, name=f"region {self.region.id}", daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # no more threads: those there are will do, or the next stir
+                start_new_thread(self._work, ())
                 self._threads += 1
+                self._unborn += 1
         self._changed.notify()
 
     def _work(self) -> None:
+        with self._changed:
+            self._unborn -= 1
         placement.go_home()
-        staging = Staging(self.region.block_size)
-        token = object()
-        while work := self._next():
-            request, block, since = work
-            if request is None:
-                self.region.bring(block, staging)
-                self.region.counters.record(time.perf_counter_ns() - since)
-            else:
-                self._attend(request, block, staging, token)
+        try:
+            self._work_on()
+        except BaseException as error:  # noqa: BLE001  # its block would be claimed for ever: let a successor recover
+            sys.excepthook(type(error), error, error.__traceback__)
+            os._exit(1)
+
+    def _work_on(self) -> None:
+        staging = self._staging()
+        while (work := self._next()) is not None:
+            request = work.request
+            claimed = work.failed or request is None  # then whoever queued it has seen to that
+            if not claimed and request is not None:
+                claimed = request.claim(work.block, object()) and request.needs(work.block)
+            if claimed and staging is None:
+                self.settle(work, StoreError("the pager has no memory for a buffer"))
+            elif claimed and staging is not None and not self._bring(work, staging):
+                return
             with self._changed:
                 self._busy -= 1
+            staging = staging or self._staging()
 
-    def _next(self) -> tuple[Request | None, int, int] | None:
+    def _staging(self) -> Staging | None:
+        try:
+            return Staging(self.region.block_size)
+        except (OSError, MemoryError):
+            return None
+
+    def _bring(self, work: Work, staging: Staging) -> bool:
+        """Make one attempt; False if it took so long that it was abandoned, and this thread with it."""
+        me = object()
+        with self._changed:
+            stuck = self._abandoned
+            self._reading[me] = time.perf_counter_ns(), work
+        if stuck < MOST_ABANDONED + self._most:
+            source, error = self.region.source.read(work.block, staging)
+        else:
+            cause = f"{stuck} of them are abandoned"
+            source, error = 0, StoreError("its reads do not return", cause=cause, permanent=True)
+        with self._changed:
+            if self._reading.pop(me, None) is None:
+                self._abandoned -= 1
+                return False
+        self.settle(work, error or self.region.install(work.block, source))
+        return True
+
+    def _next(self) -> Work | None:
         """Wait for work; None ends the thread."""
         with self._changed:
             while not self._closed:
                 if (work := self._pick()) is not None:
                     self._busy += 1
-                    if self._demands or self._requests or self._patient:
+                    if self._has_work():
                         self._stir()
                     return work
-                if not self._changed.wait(IDLE_S) and not (self._demands or self._requests or self._patient):
+                if not self._changed.wait(self._patience()) and not self._has_work():
                     break
             self._threads -= 1
             return None
 
-    def _pick(self) -> tuple[Request | None, int, int] | None:
+    def _patience(self) -> float:
+        if not self._later:
+            return IDLE_S
+        return max(0.0, (self._later[0][0] - time.perf_counter_ns()) / 1e9)
+
+    def _pick(self) -> Work | None:
         if self._demands:
-            return (None, *self._demands.popleft())
+            return self._demands.popleft()
+        if self._later and self._later[0][0] <= time.perf_counter_ns():
+            return heapq.heappop(self._later)[2]
         for queue in (self._requests, self._patient):
             while queue:
                 request = queue.popleft()
                 if (block := request.take()) is not None:
                     queue.append(request)
-                    return request, block, 0
+                    return Work(block, 0, request)
         return None
-
-    def _attend(self, request: Request, block: int, staging: Staging, token: object) -> None:
-        """See to one block of a request, once it can be claimed."""
-        region = self.region
-        if not self._claim(request, block, token):
-            return
-        if region.closing:
-            region.release(block)
-        elif self._see_to(request, block, staging):
-            request.settle()
-        else:
-            request.again(block)  # it is in memory now; next comes write access
-
-    def _claim(self, request: Request, block: int, token: object) -> bool:
-        """Claim a block, or leave the request's name with whoever has it."""
-        region = self.region
-        if region.claims.setdefault(block, token) is token:
-            return True
-        with region.lock:
-            region.waiters.setdefault(block, []).append(request)
-        if region.claims.setdefault(block, token) is not token:
-            return False  # the owner will find the name
-        if self._withdraw(request, block):
-            return True
-        region.release(block)  # the owner has found it: the block comes round again
-        return False
-
-    def _withdraw(self, request: Request, block: int) -> bool:
-        with self.region.lock:
-            names = self.region.waiters.get(block, [])
-            if request not in names:
-                return False
-            names.remove(request)
-            return True
-
-    def _see_to(self, request: Request, block: int, staging: Staging) -> bool:
-        """Do for a claimed block what the request asks; False if it has to be looked at again. Releases the claim."""
-        region, state = self.region, self.region.states[block]
-        if state in (ABSENT, FAILED) and (state == ABSENT or request.retry):
-            region.states[block] = FILLING
-            region.errors.pop(block, None)
-            region.bring(block, staging)
-            if reason := region.errors.get(block):
-                request.error = request.error or reason
-                return True
-            return not request.write
-        if state == FAILED:
-            request.error = request.error or region.errors.get(block) or failure.encode(_forgotten(region, block))
-        elif request.write:
-            region.give_write_access(block)
-        region.release(block)
-        return True
-
-
-def _forgotten(region: Served, block: int) -> StoreError:
-    offset, length = region.geometry.span(block)
-    return StoreError(
-        "it failed before, and the worker that knew why is gone; see Region.retry()",
-        store=region.store.describe(),
-        offset=offset,
-        length=length,
-    )
 
 
 def pool_of(region: Served) -> Pool:

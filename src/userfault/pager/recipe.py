@@ -16,6 +16,7 @@ import sys
 from _pickle import dumps, loads  # the C half: the Python half drags in half of the standard library
 from threading import Lock
 
+from userfault.blocks import ledger as book
 from userfault.blocks.geometry import PAGE_SIZE, round_up
 from userfault.errors import StoreError
 from userfault.stores.base import Store
@@ -24,6 +25,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pickle import PickleBuffer
 
+    from userfault.blocks.ledger import Ledger
+
+MOST_DEATHS = 3
 _LENGTH = struct.Struct("=Q")
 _REMEDY = (
     "a store travels to the pager by pickle, as with multiprocessing's spawn: "
@@ -114,6 +118,22 @@ def _unpickle(path: list[str], pickled: bytes, buffers: list[memoryview]) -> Sto
     return store
 
 
+def load_counted(ledger: Ledger) -> Store:
+    """Make the store of a region, and keep count in its ledger of the workers that die of it.
+
+    Raises:
+        StoreError: as `load`; or if it has ended three of them in a row.
+    """
+    words = ledger.words
+    if words[book.W_DEATHS] >= MOST_DEATHS:
+        raise StoreError(f"{words[book.W_DEATHS]} processes died while they made the store", permanent=True)
+    words[book.W_DEATHS] += 1
+    try:
+        return load(ledger.recipe, ledger.geometry.size)
+    finally:
+        words[book.W_DEATHS] = 0
+
+
 class LateStore(Store):
     """Stands for a store that a former worker had: made at the first read, by a reader, and tried again if need be.
 
@@ -121,18 +141,22 @@ class LateStore(Store):
     base is down) fails its own region's blocks and not the worker with all its regions.
     """
 
-    def __init__(self, recipe: memoryview, size: int) -> None:
-        self.size = size
-        self.concurrency = max(1, _head(recipe)[1])
-        self._recipe = recipe
+    def __init__(self, ledger: Ledger) -> None:
+        self.size = ledger.geometry.size
+        self.concurrency = max(1, _head(ledger.recipe)[1])
+        self._ledger = ledger
         self._store: Store | None = None
         self._lock = Lock()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Make the store if there is none yet, and read from it."""
         with self._lock:
-            store = self._store = self._store or load(self._recipe, self.size)
+            store = self._store = self._store or load_counted(self._ledger)
         store.read_into(offset, buffer)
+
+    def describe(self) -> str:
+        """Return what the store calls itself, once it is there."""
+        return self._store.describe() if self._store else super().describe()
 
     def close(self) -> None:
         """Close the store if there is one."""

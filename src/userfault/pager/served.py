@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import time
 from collections import deque
 from threading import Lock, Thread
@@ -37,17 +36,18 @@ from userfault.blocks.geometry import PAGE_SIZE
 from userfault.blocks.ledger import Ledger
 from userfault.blocks.states import BlockState
 from userfault.errors import KernelError, StoreError
-from userfault.kernel import abi, memfd, memory
-from userfault.pager import evict, failure, poison, recipe
+from userfault.kernel import abi, memfd
+from userfault.pager import evict, failure, poison, wire
 from userfault.pager.counters import Counters
+from userfault.pager.source import Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from userfault.kernel.userfaultfd import Userfaultfd
-    from userfault.pager.pool import Pool, Request
-    from userfault.stores.base import Store
+    from userfault.pager.pool import Pool
+    from userfault.pager.requests import Request
 
 ABSENT, FILLING, CLEAN, PRIVATE, EVICTING, FAILED = (
     int(s)
@@ -69,34 +69,12 @@ PATIENCE = 200
 """How often a refusal that may pass (EAGAIN, ENOMEM) is tried again, 1 ms apart at first: ~1 s in all."""
 
 
-def _is_ours(store: Store) -> bool:
-    return type(store).__module__.startswith("userfault.stores.")
-
-
 def _nothing() -> None:
     pass
 
 
-def _nowhere(offset: int, length: int) -> int:  # noqa: ARG001  # as Store.locate
-    return 0
-
-
-class Staging:
-    """Memory of one thread, into which a store writes a block."""
-
-    __slots__ = ("_map", "address", "view")
-
-    def __init__(self, length: int) -> None:
-        self._map = mmap.mmap(-1, length)
-        self.view = memoryview(self._map)
-        self.address = memory.address_of(self._map)
-
-    def padded(self, length: int) -> int:
-        """Return the address, once everything from `length` to the end of its page is zero."""
-        rest = -length % PAGE_SIZE
-        if rest:
-            self.view[length : length + rest] = bytes(rest)
-        return self.address
+def _nobody(kind: int, error: bytes) -> None:
+    pass
 
 
 class Served:
@@ -127,6 +105,7 @@ class Served:
         self.copy_mode = abi.UFFDIO_COPY_MODE_WP if self.protects else 0
         self.states = self.ledger.states
         self.pins = self.ledger.pins
+        self.notes = self.ledger.notes
         self.claims: dict[int, object] = {}
         self.ignored: set[int] = set()
         """Blocks about which a message met a claim: the owner wakes them after its release."""
@@ -137,18 +116,16 @@ class Served:
         """The last blocks that came in, which are not dropped to make room."""
         self.private: set[int] = set()
         """Private blocks that eviction has met and taken out of the order."""
-        self.errors: dict[int, bytes] = {}
         self.closing = False
         self.lock = Lock()
+        self._told = self._retold = 0
         self.counters = Counters(words)
         self.pool: Pool | None = None
-        self.on_filled: Callable[[], None] = _nothing
-        """Called after each block that was brought in by another way than the fault loop's own."""
-        late = again and recipe.is_foreign(self.ledger.recipe)
-        make = recipe.LateStore if late else recipe.load
-        self.store: Store = make(self.ledger.recipe, geometry.size)
-        self.locate = self.store.locate if _is_ours(self.store) else self._locate_carefully
-        self.inline = self.store.concurrency == 0
+        self.on_settled: Callable[[], None] = _nothing
+        """Called after each block that was brought in by another way than the fault loop's own, or failed."""
+        self.on_news: Callable[[int, bytes], None] = _nobody
+        """Called with a kind of news and an error."""
+        self.source = Source(fd, self.ledger, again=again)
 
     # -- numbers ---------------------------------------------------------------------------------------------
 
@@ -172,7 +149,7 @@ class Served:
         if block in self.ignored:
             self.ignored.discard(block)
             if not self.closing:
-                self.wake(*self._extent(block))
+                self.wake(*self.extent(block))
         if self.waiters:
             with self.lock:
                 waiting = self.waiters.pop(block, ())
@@ -185,28 +162,32 @@ class Served:
 
     # -- bringing a block in ---------------------------------------------------------------------------------
 
-    def bring(self, block: int, staging: Staging, source: int = 0) -> None:
-        """Read a block from its store and install it; the caller owns it and has set FILLING. Releases the claim.
+    def install(self, block: int, source: int) -> BaseException | None:
+        """Make a block visible that lies at `source` in this process; return what went wrong, or None.
 
-        A PRIVATE block, from which the user has dropped pages, stays PRIVATE, and gets back what is missing.  With a
-        `source` the bytes are at that address of this process already.
+        A PRIVATE block, from which the user has dropped pages, stays PRIVATE, and gets back what is missing.
         """
-        private = self.states[block] == PRIVATE
+        claim, self.claims[block] = self.claims[block], INSTALLING
         try:
-            source = source or self._read(block, staging)
-            self.claims[block] = INSTALLING
             if self.closing:
-                return
-            if private:
+                return None
+            if self.states[block] == PRIVATE:
                 self._install(block, source, 0)
             else:
                 self._settle_in(block, source)
-            self.on_filled()
-            self.counters.filled(self.geometry.span(block)[1])
-        except BaseException as error:  # noqa: BLE001  # a store may raise anything at all
-            self.fail(block, error)
-        finally:
-            self.release(block)
+        except BaseException as error:  # noqa: BLE001  # whatever it was, the block must not be lost
+            self.claims[block] = claim
+            return error
+        return None
+
+    def arrived(self, block: int) -> None:
+        """Take note that a block is there. The owner releases it next."""
+        if self.closing:
+            return
+        if self.notes[block]:
+            self.notes[block] = 0
+        self.on_settled()
+        self.counters.filled(self.geometry.span(block)[1])
 
     def _settle_in(self, block: int, source: int) -> None:
         """Install a block within the budget: it counts before it is there, or two at once would each find room."""
@@ -222,37 +203,14 @@ class Served:
             raise
         self.states[block] = CLEAN
 
-    def _extent(self, block: int) -> tuple[int, int]:
+    def extent(self, block: int) -> tuple[int, int]:
         """Return offset and length of a block in the memory: whole pages."""
         start, end = self.byte_range(block, block + 1)
         return start, end - start
 
-    def _read(self, block: int, staging: Staging) -> int:
-        """Have the store write a block into `staging`; return the address."""
-        offset, length = self.geometry.span(block)
-        got: object = self.store.read_into(offset, staging.view[:length])
-        if got is not None and got != length:
-            raise StoreError(f"read_into returned {got!r} instead of filling the buffer")
-        return staging.padded(length)
-
-    def at_hand(self, block: int, staging: Staging) -> int:
-        """Return an address of a block's bytes if that needs no waiting, else 0. For the fault loop alone."""
-        offset, length = self.geometry.span(block)
-        try:
-            found = self.store.read_now(offset, staging.view[:length])
-        except Exception:  # noqa: BLE001  # a store of the user's own; read_into will say what is wrong
-            found = False
-        return staging.padded(length) if found else 0
-
-    def _locate_carefully(self, offset: int, length: int) -> int:
-        try:
-            return int(self.store.locate(offset, length))
-        except Exception:  # noqa: BLE001  # a store of the user's own must not end the fault loop
-            return 0
-
     def _install(self, block: int, source: int, mode: int) -> None:
         """COPY a block into the application, around pages that are there already, and wake."""
-        start, length = self._extent(block)
+        start, length = self.extent(block)
         at, end, impatience = start, start + length, 0
         while at < end:
             done, error = self.uffd.copy(self.base + at, source + at - start, end - at, mode)
@@ -274,21 +232,41 @@ class Served:
                 break
         self.wake(start, length)  # whoever waits on a page that was there already
 
-    def fail(self, block: int, error: BaseException) -> None:
-        """Fail a block: a touch is a SIGBUS from now on, and a request gets the reason."""
-        offset, length = self.geometry.span(block)
-        reason = failure.describe(error, self.store, offset, length)
-        self.errors[block] = failure.encode(reason)
+    def fail(self, block: int, error: StoreError) -> bytes:
+        """Fail a block: a touch is a SIGBUS from now on. Return the error as text; the owner releases next."""
+        text = failure.encode(error)
         self.claims[block] = INSTALLING
         if self.closing:
-            return
+            return text
+        with self.lock:
+            self.ledger.errors.add(block, failure.abridge(text))
+            self.ledger.words[book.W_ERRORS] += 1
+            self._told += 1
+            loud = self._told <= failure.LOUD
+        self.notes[block] |= book.POISONED
         if self.states[block] != PRIVATE:  # whose other pages hold what the user wrote
             self.states[block] = FAILED
         self.counters.add(book.FAILURES)
-        start, length = self._extent(block)
+        start, length = self.extent(block)
         poison.poison(self.uffd, self.base + start, length)
-        if len(self.errors) <= failure.LOUD:
-            failure.report(f"{reason}; touching it is a SIGBUS until Region.retry()")
+        self.on_settled()
+        if loud:
+            failure.report(f"{error}; touching it is a SIGBUS until Region.retry()")
+            self.on_news(wire.BLOCK_FAILED, text)
+        return text
+
+    def tell_retry(self, error: StoreError) -> None:
+        """Count an attempt that failed and will be made again."""
+        self.counters.add(book.RETRIES)
+        with self.lock:
+            self._retold += 1
+            loud = self._retold <= failure.LOUD
+        if loud:
+            self.on_news(wire.READ_FAILED, failure.encode(error))
+
+    def error_of(self, block: int) -> bytes | None:
+        """Return why a block failed, if that is still known."""
+        return self.ledger.errors.of(block)
 
     # -- faults that are not simply a block to bring ---------------------------------------------------------
 
@@ -300,17 +278,19 @@ class Served:
         if self.states[block] != PRIVATE:
             self.states[block] = PRIVATE
             self.counters.became_private()
-        start, length = self._extent(block)
+        start, length = self.extent(block)
         for _ in range(PATIENCE):
-            if self.uffd.write_protect(self.base + start, length, 0) != errno.EAGAIN:
+            error = self.uffd.write_protect(self.base + start, length, 0)
+            if error in (0, errno.ENOENT, errno.ESRCH):  # done; or nobody is there any more
                 return
             time.sleep(0.001)
+        raise KernelError(error, "ioctl(UFFDIO_WRITEPROTECT)", f"block {block}")  # let a successor try
 
     def is_mended(self, block: int, address: int) -> bool:
         """Answer a missing fault in a block whose state says that nothing is missing; False if it has to be filled."""
         page = (address - self.base) & -PAGE_SIZE
         if self.states[block] == FAILED:
-            start, length = self._extent(block)
+            start, length = self.extent(block)
             poison.poison(self.uffd, self.base + start, length)
         elif any(memfd.data_extents(self.fd, page, page + PAGE_SIZE)):
             self.wake(page, PAGE_SIZE)  # the message is old news
@@ -324,36 +304,6 @@ class Served:
 
     # -- beginning and end -----------------------------------------------------------------------------------
 
-    def recover(self) -> None:
-        """Put the states in order that a dead worker left, and wake everybody: read messages are never sent again."""
-        for first, stop in self.ledger.occupied(self.fd):
-            for start in range(first, stop, PAGE_SIZE):
-                self._recover_part(start, bytes(self.states[start : min(start + PAGE_SIZE, stop)]))
-        self.wake(0, self.geometry.length)
-
-    def _recover_part(self, start: int, part: bytes) -> None:
-        clean, absent = part.count(CLEAN), part.count(ABSENT)
-        if clean:
-            self.order.extend(block for block, state in enumerate(part, start) if state == CLEAN)
-        if clean + absent < len(part):
-            for block, state in enumerate(part, start):
-                self._recover_block(block, state)
-
-    def _recover_block(self, block: int, state: int) -> None:
-        if state == PRIVATE:
-            self.private.add(block)
-            self.counters.became_private()
-        elif (state == FILLING or (state == EVICTING and self.pins[block])) and self._is_whole(block):
-            self.states[block] = CLEAN  # it was filled; or pinned while its worker looked, and the hole never made
-            self.order.append(block)
-        elif state in (EVICTING, FILLING):  # a part of a block would never be dropped by anybody
-            memfd.punch_hole(self.fd, *self._extent(block))
-            self.states[block] = ABSENT
-
-    def _is_whole(self, block: int) -> bool:
-        start, length = self._extent(block)
-        return list(memfd.data_extents(self.fd, start, start + length)) == [(start, start + length)]
-
     def close(self, hot_claims: tuple[object, ...]) -> None:
         """Stop touching the application's memory, and forget the region. Called by the control thread."""
         self.closing = True
@@ -365,12 +315,4 @@ class Served:
         pool, self.pool = self.pool, None
         if pool is not None:
             pool.close()
-        self.locate = _nowhere  # which may have been a method of this very object: a cycle would keep the ledger mapped
-        Thread(target=self._close_store, name="close", daemon=True).start()
-
-    def _close_store(self) -> None:
-        """Close the store in a thread of its own: a store of the user's may wait, or raise."""
-        try:
-            self.store.close()
-        except Exception as error:  # noqa: BLE001  # there is nobody to tell but the reader of standard error
-            failure.report(f"closing {failure.name_of(self.store)}: {failure.plain(error)}")
+        Thread(target=self.source.close, name="close", daemon=True).start()

@@ -27,6 +27,7 @@ import signal
 import sys
 
 from userfault.errors import KernelError, UnsupportedError
+from userfault.kernel import abi, memfd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 
     Will: TypeAlias = dict[str, Any]  # marshal knows no types: numbers, text and lists of them
 
-SUPERVISOR, WORKER = "supervisor", "worker"
+SUPERVISOR, WORKER, TRIAL = "supervisor", "worker", "trial"
+_SINGLE = "application", "uffd", "control", "lifeline", "ward", "pulse", "region", "buffer", "worker"
+"""What a will may name that is one descriptor."""
 
 _BOOT = """\
 import sys
@@ -45,10 +48,10 @@ main(sys.argv[2], int(sys.argv[3]))
 """
 _LAUNCH = """\
 import os, sys
+python = sys.orig_argv[: sys.orig_argv.index("-c") + 1]
 for will in sys.argv[3:]:
     role, _, fd = will.partition(":")
-    python = [sys.executable, "-I", "-S", "-c", sys.argv[1], sys.argv[2], role, fd]
-    os.posix_spawn(sys.executable, python, os.environ)
+    os.posix_spawn(python[0], [*python, sys.argv[1], sys.argv[2], role, fd], os.environ)
 """
 _HOME = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -72,10 +75,19 @@ def standard_descriptors() -> Iterator[None]:
 
 
 def write_will(will: Will) -> int:
-    """Return a descriptor from which the successor reads `will`."""
-    fd = os.memfd_create("userfault-will", os.MFD_CLOEXEC)
-    with open(fd, "wb", closefd=False) as file:
-        file.write(marshal.dumps(will))
+    """Return a descriptor from which the successor reads `will`. What it says is sealed: nobody changes it any more.
+
+    Raises:
+        KernelError: if there is no memory, or no descriptor, for it.
+    """
+    fd = memfd.create("userfault-will", seal=False)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(marshal.dumps(will))
+        memfd.seal(fd, memfd.DEFAULT_SEALS | abi.F_SEAL_WRITE)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -89,16 +101,16 @@ def read_will(fd: int) -> Will:
 
 def descriptors(will: Will) -> set[int]:
     """Every descriptor a will speaks of."""
-    single = (will[key] for key in ("application", "uffd", "control", "lifeline", "ward") if will[key] >= 0)
-    exported = (fd for _, fds in will["exports"] for fd in fds)
-    return {*single, *(fd for _, fd in will["regions"]), *exported}
+    single = (will[key] for key in _SINGLE if will.get(key, -1) >= 0)
+    exported = (fd for _, fds in will.get("exports", ()) for fd in fds)
+    return {*single, *(fd for _, fd in will.get("regions", ())), *exported}
 
 
 def start_successor(role: str, will: Will) -> int:
-    """Spawn the process that takes `role` over; return its process id. Called in the pager only."""
+    """Spawn the process that takes `role` over, or a trial; return its process id. Called in the pager only."""
     fd = write_will(will)
     try:
-        return _spawn([_executable(), "-I", "-S", "-c", _BOOT, _HOME, role, str(fd)], {fd, *descriptors(will)})
+        return _spawn([*_interpreter(), "-c", _BOOT, _HOME, role, str(fd)], {fd, *descriptors(will)})
     finally:
         os.close(fd)
 
@@ -116,7 +128,7 @@ def start_pair(supervisor: Will, worker: Will) -> None:
         wills[WORKER] = write_will(worker)
         inherited = {*wills.values(), *descriptors(supervisor), *descriptors(worker)}
         arguments = [f"{role}:{fd}" for role, fd in wills.items()]
-        pid = _spawn([_executable(), "-I", "-S", "-c", _LAUNCH, _BOOT, _HOME, *arguments], inherited)
+        pid = _spawn([*_interpreter(), "-c", _LAUNCH, _BOOT, _HOME, *arguments], inherited)
     finally:
         for fd in wills.values():
             os.close(fd)
@@ -124,12 +136,13 @@ def start_pair(supervisor: Will, worker: Will) -> None:
         os.waitpid(pid, 0)
 
 
-def _executable() -> str:
+def _interpreter() -> list[str]:
+    """Return how Python is started: isolated, and in development mode if this process is, for the stores' sake."""
     if not sys.executable:
         raise UnsupportedError(
             "starting the pager", "set sys.executable to a Python interpreter", "this program embeds Python"
         )
-    return sys.executable
+    return [sys.executable, "-I", "-S", *(("-X", "dev") if sys.flags.dev_mode else ())]
 
 
 def _spawn(command: list[str], inherited: Iterable[int]) -> int:

@@ -1,8 +1,9 @@
 """The supervisor: keeps a worker alive, and what the next worker needs.
 
 It holds a copy of every descriptor that matters (the userfaultfd, the request socket, each region's memfd), listens,
-and does nothing else: no store, no fault, no thread.  When the worker dies it spawns another from a will.  The worker
-does the same for the supervisor; only if both die at once does the application's lifeline break.
+and does nothing else: no store, no fault, no thread.  When the worker dies it spawns another from a will; one that is
+stopped or hangs it kills first (`pulse`).  The worker does the same for the supervisor; only if both die at once does
+the application's lifeline break.
 
 A worker that dies before it has filled one block has achieved nothing.  After `MAX_STRIKES` such workers in a row the
 supervisor gives up: it poisons every region, so that a touch is a SIGBUS instead of a wait without end, tells the
@@ -12,6 +13,7 @@ application, and stays as the one who holds the lifeline until the application i
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -22,7 +24,8 @@ from userfault.blocks import ledger
 from userfault.blocks.geometry import PAGE_SIZE
 from userfault.kernel import process
 from userfault.kernel.userfaultfd import Userfaultfd
-from userfault.pager import poison, record, spawn, wire
+from userfault.pager import failure, poison, pulse, record, spawn, wire
+from userfault.pager.pulse import Pulse
 from userfault.pager.record import Record
 
 TYPE_CHECKING = False
@@ -52,6 +55,7 @@ class Supervisor:
         self.worker = -1
         """pidfd of the worker; -1 until it has introduced itself."""
         self.worker_pid = 0
+        self.pulse = Pulse(will["pulse"], pulse.SUPERVISOR)
         self.born = time.monotonic()
         self.finished = False
 
@@ -60,9 +64,9 @@ class Supervisor:
         self.introduce()
         while not self.finished:
             self.watch_worker()
-            if not self.finished:
-                self.replace_worker()
+            self.see_to_a_worker()
         self.hang_up()
+        self.control.close()
 
     def hang_up(self) -> None:
         """Let the programs behind exported descriptors read the end of the file."""
@@ -74,8 +78,7 @@ class Supervisor:
     def introduce(self) -> None:
         """Tell the worker who its supervisor is; it watches us as we watch it."""
         own = process.pidfd_open(os.getpid())
-        with contextlib.suppress(OSError):  # it is dead already: the loop will see that
-            wire.send(self.ward, wire.Message(wire.INTRODUCE, a=os.getpid(), fds=(own,)))
+        wire.deliver(self.ward, wire.Message(wire.INTRODUCE, a=os.getpid(), fds=(own,)))
         os.close(own)
 
     def watch_worker(self) -> None:
@@ -83,14 +86,13 @@ class Supervisor:
         poll = select.poll()
         poll.register(self.ward, select.POLLIN)
         poll.register(self.will["application"], select.POLLIN)
-        grace = None
+        deadline = math.inf
         while True:
-            ready = [fd for fd, _ in poll.poll(grace)]
-            if not ready:
-                self.kill_worker()
+            ready = [fd for fd, _ in poll.poll(1000 * max(0, min(pulse.LOOK_S, deadline - time.monotonic())))]
+            self.feel_pulse(deadline)
             if self.will["application"] in ready:
                 poll.unregister(self.will["application"])
-                grace = GRACE_S * 1000
+                deadline = time.monotonic() + GRACE_S
             if self.ward.fileno() in ready and self.listen():
                 if self.worker >= 0:
                     poll.register(self.worker, select.POLLIN)
@@ -100,9 +102,14 @@ class Supervisor:
                 break
         self.bury()
 
-    def kill_worker(self) -> None:
-        """End a worker that outlives its application: it hangs in a store, with its GIL in hand, or is stopped."""
-        if self.worker >= 0:
+    def feel_pulse(self, deadline: float) -> None:
+        """End a worker that is stopped or hangs, or that outlives its application."""
+        now = time.monotonic()
+        self.pulse.beat()
+        lost = self.worker >= 0 and self.pulse.is_lost(self.worker_pid, now)
+        if lost:
+            failure.report(f"worker {self.worker_pid} is stopped or hangs, and is replaced")
+        if lost or (now > deadline and self.worker >= 0):
             with contextlib.suppress(OSError):
                 process.pidfd_send_signal(self.worker, signal.SIGKILL)
 
@@ -143,18 +150,27 @@ class Supervisor:
         if not process.pidfd_alive(self.will["application"]):
             self.finished = True
 
-    def replace_worker(self) -> None:
-        """Start another worker, or give up."""
-        if time.monotonic() - self.born > STEADY_S and not any(map(ledger.was_filling, self.regions.values())):
+    def see_to_a_worker(self) -> None:
+        """Have one again, unless nobody needs it, or give up."""
+        while not self.finished:
+            if self.replace_worker():
+                return
+
+    def replace_worker(self) -> bool:
+        """Start another worker, or give up; False if nothing could be started, which counts as one that died."""
+        if time.monotonic() - self.born > STEADY_S and not any(map(_was_filling, self.regions.values())):
             self.strikes = 0
         if self.strikes >= MAX_STRIKES:
             self.give_up()
-            return
+            return True
         if self.strikes:
             time.sleep(PAUSE_S * 2**self.strikes)  # back-off, not synchronisation
         self.strikes += 1
         self.born = time.monotonic()
-        self.ward, theirs = wire.pair()
+        try:
+            self.ward, theirs = wire.pair()
+        except OSError:
+            return False
         will = self.will | {
             "ward": theirs.fileno(),
             "regions": list(self.regions.items()),
@@ -165,12 +181,13 @@ class Supervisor:
             spawn.start_successor(spawn.WORKER, will)
         theirs.close()
         self.introduce()
+        return True
 
     def give_up(self) -> None:
         """Fail every region loudly, say so, and hold the lifeline until the application ends."""
         uffd = Userfaultfd(self.will["uffd"])
         for fd in self.regions.values():
-            words = ledger.read_words(fd)
+            words = _words(fd)
             poison.poison(uffd, words[ledger.W_ADDRESS], -(-words[ledger.W_SIZE] // PAGE_SIZE) * PAGE_SIZE)
         for fd, uffd_of_export, *_ in self.exports.values():
             book = Record(fd)  # its words are good as long as it lives
@@ -178,14 +195,31 @@ class Supervisor:
             poison.poison(exported, book.words[record.W_ADDRESS], book.words[record.W_SIZE])
             exported.detach()
         self.hang_up()
+        reason = f"{self.strikes} workers in a row died before they had filled a block"
+        failure.report(f"{reason}: the pager gives up, and touching its regions is a SIGBUS")
         with contextlib.suppress(OSError):
-            reason = f"{self.strikes} workers in a row died before they had filled a block".encode()
-            wire.send(self.control, wire.Message(wire.LOST, text=reason), socket.MSG_DONTWAIT)
+            wire.send(self.control, wire.Message(wire.LOST, text=reason.encode()), socket.MSG_DONTWAIT)
         poll = select.poll()
         poll.register(self.will["application"], select.POLLIN)
         poll.register(self.control, 0)  # it hangs up when the application closes its pager
         poll.poll()
         self.finished = True
+
+
+def _words(fd: int) -> memoryview:
+    for _ in range(wire.TRIES):
+        try:
+            return ledger.read_words(fd)
+        except OSError:  # it is memory: what is in the way passes
+            time.sleep(0.001)
+    return ledger.read_words(fd)
+
+
+def _was_filling(fd: int) -> bool:
+    try:
+        return ledger.was_filling(fd)
+    except OSError:
+        return True
 
 
 def run(will: Will) -> None:

@@ -11,22 +11,25 @@ each request means "make it so", never "do it once more".
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
+import time
 
 HEAD = struct.Struct("=BBHIQQQQ")
 MAX_MESSAGE = 32 << 10
 EXPORT_FDS = 5
 """Of an export: its record, the userfaultfd, our end, the program's end, the memory."""
 MAX_FDS = EXPORT_FDS
+TRIES = 8
 _FD = struct.Struct("=i")
 _ROOM_FOR_FDS = socket.CMSG_SPACE(MAX_FDS * _FD.size)
 
 # Requests of the application.
 OPEN, CLOSE, ENSURE, EVICT, RETRY, SYNC, BYE, EXPORT, RENEW = range(1, 10)
 # Answers and news of the pager.
-OK, FAILED, HELLO, LOST = range(16, 20)
+OK, FAILED, HELLO, LOST, BLOCK_FAILED, READ_FAILED = range(16, 22)
 # Between supervisor and worker.
 INTRODUCE, KEEP, DROP, PROGRESS, GOODBYE = range(32, 37)
 
@@ -96,6 +99,27 @@ def send(sock: socket.socket, message: Message, flags: int = 0) -> None:
     """
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _pack_fds(message.fds))] if message.fds else []
     sock.sendmsg([message.encode()], rights, flags | socket.MSG_NOSIGNAL)
+
+
+def deliver(sock: socket.socket, message: Message) -> None:
+    """Send a message that must not be lost as long as its reader lives; try again what passes.
+
+    Raises:
+        BlockingIOError: if the reader does not read (SO_SNDTIMEO).
+        OSError: as sendmsg(2), if it does not pass.
+    """
+    for attempt in range(TRIES):
+        try:
+            send(sock, message)
+            return
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.ECONNRESET):  # dead: its successor gets all of this by will
+                return
+            if attempt == TRIES - 1:
+                raise
+        time.sleep(0.001 * 2**attempt)  # no memory for a packet: back-off
 
 
 def receive(sock: socket.socket, flags: int = 0) -> Message | None:

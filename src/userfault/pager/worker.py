@@ -16,6 +16,7 @@ from userfault.pager import placement
 from userfault.pager.control import Control
 from userfault.pager.faults import FaultLoop
 from userfault.pager.placement import Placement
+from userfault.pager.recovery import recover
 from userfault.pager.served import Served
 
 TYPE_CHECKING = False
@@ -45,7 +46,7 @@ def run(will: Will) -> None:
 def take_over(fd: int, uffd: Userfaultfd, control: Control) -> None:
     """Serve a region that a dead worker served."""
     region = Served(fd, uffd, again=True)
-    region.recover()
+    recover(region)
     control.adopt(region)
 
 

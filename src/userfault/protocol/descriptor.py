@@ -40,6 +40,7 @@ from userfault.errors import KernelError
 from userfault.kernel import abi, memory
 from userfault.kernel.memory import PAGE_SIZE
 from userfault.kernel.process import waits_in_user_fault
+from userfault.kernel.syscalls import naming
 from userfault.protocol.connection import Connection, fdinfo_text
 from userfault.protocol.constants import FEATURES, UFFD_CLOEXEC, UFFD_NONBLOCK, USERFAULTFD_PROTOCOL
 from userfault.protocol.marks import MARKS, extent, open_with_move
@@ -94,7 +95,8 @@ class Descriptor:
         self._connection = Connection(versions)
         nonblock = bool(flags & UFFD_NONBLOCK)
         self._uffd = open_with_move(FEATURES, nonblock=nonblock, user_mode_only=user_mode_only)
-        os.set_inheritable(self._uffd.fd, not flags & UFFD_CLOEXEC)
+        with naming("fcntl(F_SETFD)"):
+            os.set_inheritable(self._uffd.fd, not flags & UFFD_CLOEXEC)
         self._lock = RLock()  # a finalizer may run while this thread holds it
         self._placing = RLock()
         """Held while a page is placed, and while a range leaves: a page placed in between would be cured away."""

@@ -62,7 +62,8 @@ def _held(fd: int, kind: int) -> Iterator[None]:
     try:
         yield
     finally:
-        fcntl.lockf(fd, fcntl.LOCK_UN)
+        with contextlib.suppress(OSError):  # it is held for too long then, and nobody waits for it for ever
+            fcntl.lockf(fd, fcntl.LOCK_UN)
 
 
 def _acquire(fd: int, kind: int) -> bool:

@@ -13,6 +13,9 @@ from errno import EAGAIN, EOPNOTSUPP
 from threading import RLock
 from typing import TYPE_CHECKING
 
+from userfault.errors import KernelError
+from userfault.kernel.syscalls import naming
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -28,15 +31,23 @@ def take_message(uffd: Userfaultfd, message: bytearray) -> None:
 
     Raises:
         BlockingIOError: There is none.
+        KernelError: The kernel has no memory for it.
     """
     try:
         os.preadv(uffd.fd, [message], -1, os.RWF_NOWAIT)
+    except BlockingIOError:
+        raise
     except OSError as error:
         if error.errno != EOPNOTSUPP:
-            raise
+            raise KernelError(error.errno or 0, "preadv2(userfaultfd)") from None
         if not uffd.fdinfo().pending:
             raise BlockingIOError(EAGAIN, "read(userfaultfd): no fault is unread") from None
         os.readv(uffd.fd, [message])  # before 6.10: may wait if the thread is interrupted just now
+
+
+def _new_epoll() -> select.epoll:
+    with naming("epoll_create1"):
+        return select.epoll()
 
 
 class Bells:
@@ -70,14 +81,19 @@ class Bells:
 
         Args:
             watched: Tells the descriptor of the faults, or raises; called when a ring is heard already.
+
+        Raises:
+            KernelError: EMFILE, ENOMEM, ENOSPC: it takes two descriptors.
         """
-        bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with naming("eventfd"):
+            bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         with self._lock:
             self._bells.add(bell)
         try:
-            with select.epoll() as epoll:
-                epoll.register(bell, select.EPOLLIN | select.EPOLLET)
-                epoll.register(watched(), select.EPOLLIN | select.EPOLLET)
+            with _new_epoll() as epoll:
+                with naming("epoll_ctl"):
+                    epoll.register(bell, select.EPOLLIN | select.EPOLLET)
+                    epoll.register(watched(), select.EPOLLIN | select.EPOLLET)
                 yield epoll
         finally:
             with self._lock:

@@ -130,7 +130,9 @@ class FileStore(Store):
             raise FileChangedError(text)
 
     def _failure(self, message: str, offset: int, length: int, cause: Exception) -> StoreError:
-        return StoreError(message, store=self.describe(), offset=offset, length=length, cause=str(cause))
+        gone = isinstance(cause, FileChangedError)
+        text = str(cause)
+        return StoreError(message, store=self.describe(), offset=offset, length=length, cause=text, permanent=gone)
 
     # -- reading without waiting -----------------------------------------------------------------------------
 

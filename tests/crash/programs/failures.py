@@ -65,7 +65,7 @@ def use_failing(way: str, again: bool) -> None:
             region.ensure(BAD, 1)
         except userfault.StoreError:
             say("known")
-        os.kill(region.pager.worker_pid, signal.SIGKILL)  # the reason is lost with it, the failure is not
+        os.kill(region.pager.worker_pid, signal.SIGKILL)  # neither the failure nor the reason is lost with it
     _meet(region, way)
     _others_right(region, BAD)
 
@@ -112,8 +112,23 @@ def heal(path: str) -> None:
 
 
 def crash(way: str, how: str) -> None:
-    """Have a store that ends its worker, every time."""
+    """Have a store that ends whichever process reads one of its blocks."""
+    beside = userfault.Region(GOOD, "r", BLOCK)
     region = userfault.Region(CrashingStore(SIZE, how, (BAD,)), "c", BLOCK)
+    assert bytes(beside.memory[:BLOCK]) == GOOD.expected(0, BLOCK)
+    _meet(region, way)
+    try:
+        region.retry(BAD, 1)
+    except userfault.StoreError as error:
+        say("again", error.attempts, error.cause.split()[-1])
+    _others_right(region, BAD)
+    say("beside", bytes(beside.memory) == GOOD.expected(0, SIZE), beside.pager.restarts)
+    say("known", [(error.offset, error.attempts) for error in region.stats().errors] == [(BAD, 3)] * 2)
+
+
+def lost(way: str) -> None:
+    """Meet a block while somebody kills every worker before it has filled anything."""
+    region = userfault.Region(GOOD, "c", BLOCK)
     _meet(region, way)
     pager = region.pager
     say("state", pager.closed, pager.restarts)

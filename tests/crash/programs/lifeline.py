@@ -151,7 +151,7 @@ def open_on_a_dead_pager() -> None:
     region = userfault.Region(PatternStore(SIZE), "r", BLOCK)
     pager = region.pager
     region.close()
-    next_id = pager.link.next_id
+    next_id = pager.link.calls.next_id
 
     def die_first() -> int:
         for pid in (pager.pid, pager.worker_pid):
@@ -162,7 +162,7 @@ def open_on_a_dead_pager() -> None:
         return next_id()
 
     sys.setswitchinterval(20)  # the thread that would notice does not run before we wait for something
-    setattr(pager.link, "next_id", die_first)  # noqa: B010  # mypy knows it as a method
+    setattr(pager.link.calls, "next_id", die_first)  # noqa: B010  # mypy knows it as a method
     try:
         region = userfault.Region(PatternStore(SIZE), "r", BLOCK, budget=BLOCK, pager=pager)
     except userfault.PagerLostError as error:

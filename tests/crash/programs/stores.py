@@ -38,6 +38,37 @@ class LateCrashingStore(PatternStore):
         die()
 
 
+class TimedStore(PatternStore):
+    """Reads fail; a file gets a line with the time of each."""
+
+    def __init__(self, size: int, path: str) -> None:
+        super().__init__(size)
+        self.path = path
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        with open(self.path, "a", encoding="ascii") as file:
+            file.write(f"{time.monotonic()}\n")
+        raise OSError("not yet")
+
+
+class FailsThenStallsStore(PatternStore):
+    """The first read in a process fails, a second one never returns; it makes a path to say so."""
+
+    def __init__(self, size: int, stalled: str) -> None:
+        super().__init__(size)
+        self.stalled = stalled
+        self.failed = False
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if not self.failed:
+            self.failed = True
+            raise OSError("the first read")
+        with open(self.stalled, "w", encoding="ascii"):
+            pass
+        while True:
+            signal.pause()
+
+
 class SlowlyMadeStore(PatternStore):
     """Takes a while to appear in the worker, as one does that imports half the world."""
 

@@ -1,0 +1,62 @@
+"""What the pager has to say, in the application's log: loggers named `userfault.pager` and `userfault.region`.
+
+A handler of `logging` may wait: for its lock, for a slow terminal, for a thread that is stopped in a fault while it
+formats an array.  The thread that listens to the pager must not, since others wait for what it hears.  So each burst of
+news is logged by a short-lived thread of its own.  `logging` itself is imported by the first of them.
+
+Nothing is printed unless the program sets up logging: the pager's processes write the essential to standard error
+themselves, as the application may be about to die of a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from threading import Lock, Thread
+
+WARNING, ERROR = 30, 40
+"""As in `logging`."""
+MOST = 1000
+"""News that wait to be logged; older ones give way."""
+
+_news: deque[tuple[int, str, object]] = deque(maxlen=MOST)
+_lock = Lock()
+_busy = False
+
+
+def forget() -> None:
+    """In a forked child: no thread is at work here, and the lock may be held for ever."""
+    global _lock, _busy  # one log per process
+    _lock, _busy = Lock(), False
+    _news.clear()
+
+
+def put(level: int, room: str, text: object) -> None:
+    """Log `str(text)` with the logger `userfault.<room>`, soon. Never waits for a handler."""
+    global _busy  # noqa: PLW0603  # one log per process
+    with _lock:
+        _news.append((level, room, text))
+        if _busy:
+            return
+        _busy = True
+    try:
+        Thread(target=_log, name="userfault-log", daemon=True).start()
+    except RuntimeError:  # no thread to be had, or the interpreter is ending: the next one tries again
+        _busy = False
+
+
+def _log() -> None:
+    global _busy  # noqa: PLW0603  # as above
+    import logging
+
+    root = logging.getLogger("userfault")
+    if not root.handlers:
+        root.addHandler(logging.NullHandler())
+    while True:
+        with _lock:
+            if not _news:
+                _busy = False
+                return
+            level, room, text = _news.popleft()
+        with contextlib.suppress(Exception):  # somebody's handler
+            logging.getLogger(f"userfault.{room}").log(level, "%s", text)
