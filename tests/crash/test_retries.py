@@ -126,14 +126,33 @@ def test_a_process_that_is_stopped_is_replaced(start: Start, role: str) -> None:
     with start("retries.stopped") as victim:
         supervisor, worker, _ = victim.expect("ready")
         stopped = {"worker": worker, "supervisor": supervisor}[role]
+        victim.say("touch")
+        victim.expect("right")  # from here on neither has anything to say to the other, which would continue it
         os.kill(stopped, signal.SIGSTOP)
         begun = time.monotonic()
-        victim.say("touch")
+        victim.say("evict")
         right, *_ = victim.expect("right")
         assert right == "True"
         _await_end(victim, stopped)
         print(f"replaced after {time.monotonic() - begun:.2f} s")
         _await_news(victim, stopped)
+        victim.say("end")
+        victim.end().check()
+        victim.assert_no_pager()
+
+
+@pytest.mark.parametrize("role", ["worker", "supervisor"])
+def test_one_is_stopped_and_the_other_killed(start: Start, role: str) -> None:
+    """Nobody is left who could notice, and the kernel continues the one that is stopped."""
+    with start("retries.stopped") as victim:
+        supervisor, worker, _ = victim.expect("ready")
+        stopped, killed = {"worker": (worker, supervisor), "supervisor": (supervisor, worker)}[role]
+        os.kill(stopped, signal.SIGSTOP)
+        os.kill(killed, signal.SIGKILL)
+        victim.say("touch")
+        right, *_ = victim.expect("right")
+        assert right == "True"
+        _await_news(victim, killed)
         victim.say("end")
         victim.end().check()
         victim.assert_no_pager()

@@ -48,7 +48,8 @@ SPARE = 32
 
 
 def _patient(ward: socket.socket) -> socket.socket:
-    """Let nobody wait for a supervisor that does not read: it is stopped."""
+    """Let nobody wait for a supervisor that does not read, since it is stopped; and be continued when it dies."""
+    pulse.continue_by(ward)
     ward.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 1, 0))
     return ward
 

@@ -8,6 +8,7 @@ faulting thread to its core as that one does (`placement`): of the four wake-ups
 from __future__ import annotations
 
 import contextlib
+import functools
 import select
 import time
 from threading import Thread
@@ -89,7 +90,8 @@ class Exports:
         self._outlets.pop(outlet.id, None)
         for fd in (outlet.uffd.fd, outlet.ours.fileno()):
             self._by_fd.pop(fd, None)
-            with contextlib.suppress(OSError):  # others hold copies of these files: closing ours would not end the watch
+            with contextlib.suppress(OSError):  # it was not watched yet
+                # Others hold copies of these files: closing ours would not end the watch.
                 self._started().unregister(fd)
 
     def renew(self, identity: int, number: int) -> None:
@@ -131,7 +133,7 @@ class Exports:
             for fd, _ in epoll.poll(PAUSE_S if self._stuck else None):
                 outlet = self._by_fd.get(fd)
                 if outlet is not None and outlet not in self._stuck:
-                    self._try(outlet, lambda outlet=outlet, fd=fd: outlet.pump(fd, saw))
+                    self._try(outlet, functools.partial(outlet.pump, fd, saw))
             for outlet in tuple(self._stuck):
                 self._try(outlet, outlet.recover)
 

@@ -18,6 +18,7 @@ Some facts
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import mmap
@@ -28,6 +29,7 @@ from userfault.blocks import ledger as book
 from userfault.blocks.ledger import Layout, Ledger
 from userfault.errors import KernelError
 from userfault.kernel import abi, memfd, memory
+from userfault.kernel.syscalls import naming
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,7 +77,8 @@ class Mapping(mmap.mmap):
         layout = Layout(geometry, recipe.length)
         fd = memfd.create("userfault-region", layout.total)
         try:
-            recipe.write(fd, layout.recipe)
+            with naming("pwrite", "the recipe of a store"):
+                recipe.write(fd, layout.recipe)
             self.ledger = Ledger(fd, layout)
             self._write_header(mode, budget, retries, layout)
             self._cover(fd)
@@ -130,14 +133,24 @@ class Mapping(mmap.mmap):
         return sum(type(holder).__name__ == "managedbuffer" for holder in gc.get_referrers(self))
 
     def finish(self) -> None:
-        """Take the memory away, once the pager has let go of it. The addresses stay ours until this object is gone."""
+        """Take the memory away, once the pager has let go of it. The addresses stay ours until this object is gone.
+
+        Raises:
+            KernelError: ENOMEM; then nothing has changed.
+        """
         if self._owner != os.getpid():
             return
         self._owner = 0
-        memory.map_memory(self.length, prot=0, flags=_RESERVED | abi.MAP_FIXED, address=self.address)
-        self.link.uffd.wake(self.address, self.length)
-        self.ledger.let_go()
+        try:
+            memory.map_memory(self.length, prot=0, flags=_RESERVED | abi.MAP_FIXED, address=self.address)
+        except KernelError:
+            self._owner = os.getpid()  # the end of this object will try again
+            raise
         _alive.discard(self)
+        with contextlib.suppress(KernelError):  # in a sandbox: nobody waits there, as a rule
+            self.link.uffd.wake(self.address, self.length)
+        with contextlib.suppress(KernelError):  # then the end of the ledger lets go of it
+            self.ledger.let_go()
 
     def __del__(self) -> None:
         if getattr(self, "_owner", 0) == os.getpid():

@@ -5,6 +5,10 @@ in hand is not, and the threads of the application wait.  So each of the two cou
 twice a second, when it is awake for other reasons too; and looks whether the other one's has moved.  No system call is
 made for it, nobody is woken by it, and the fault loop has no part in it.
 
+What if one is stopped and the other dies before it could notice?  Then the kernel continues the one that is stopped:
+the socket between them (the ward) is set up to send SIGCONT when its other end speaks or closes (`O_ASYNC`, `F_SETSIG`;
+fcntl(2)).
+
 A process that is stopped and has not moved between two looks is killed, and replaced as any that died.  One that merely
 does not move (a store holds the GIL, the machine is overloaded) is given `HUNG_S`.  One that a debugger has stopped is
 left alone.  A look that comes late proves nothing: the one who looks was stopped itself, or the whole machine.
@@ -12,18 +16,33 @@ left alone.  A look that comes late proves nothing: the one who looks was stoppe
 
 from __future__ import annotations
 
+import os
+import signal
+from fcntl import F_GETFL, F_SETFL, F_SETOWN, fcntl
 from mmap import mmap
 
 from userfault.blocks.geometry import PAGE_SIZE
 from userfault.errors import KernelError
 from userfault.kernel import memfd, process
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
+F_SETSIG = 10  # <fcntl.h> with _GNU_SOURCE; Linux 2.2
 SUPERVISOR, WORKER = range(2)
 """Which word is whose."""
 LOOK_S = 0.5
 LATE_S = 3 * LOOK_S
 HUNG_S = 60.0
 """A store that keeps the GIL for so long keeps everybody waiting; nobody can know that it would have let go."""
+
+
+def continue_by(ward: socket.socket) -> None:
+    """Have this process continued, if it is stopped, when the other end of `ward` speaks or closes."""
+    fcntl(ward.fileno(), F_SETOWN, os.getpid())
+    fcntl(ward.fileno(), F_SETSIG, signal.SIGCONT)
+    fcntl(ward.fileno(), F_SETFL, fcntl(ward.fileno(), F_GETFL) | os.O_ASYNC)
 
 
 def create() -> int:

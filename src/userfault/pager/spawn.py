@@ -28,6 +28,7 @@ import sys
 
 from userfault.errors import KernelError, UnsupportedError
 from userfault.kernel import abi, memfd
+from userfault.kernel.syscalls import naming
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def write_will(will: Will) -> int:
     """
     fd = memfd.create("userfault-will", seal=False)
     try:
-        with open(fd, "wb", closefd=False) as file:
+        with naming("write", "the will of the pager"), open(fd, "wb", closefd=False) as file:
             file.write(marshal.dumps(will))
         memfd.seal(fd, memfd.DEFAULT_SEALS | abi.F_SEAL_WRITE)
     except BaseException:

@@ -61,6 +61,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Watch until the application is gone or has said goodbye."""
+        pulse.continue_by(self.ward)
         self.introduce()
         while not self.finished:
             self.watch_worker()
@@ -171,6 +172,7 @@ class Supervisor:
             self.ward, theirs = wire.pair()
         except OSError:
             return False
+        pulse.continue_by(self.ward)
         will = self.will | {
             "ward": theirs.fileno(),
             "regions": list(self.regions.items()),
