@@ -78,6 +78,7 @@ class Region:
         self._store = _check_store(store)
         self._mode = _check_mode(mode)
         self._geometry = Geometry(store.size, units.check_block_size(block_size))
+        self._chooses_budget = budget is None
         self._budget = self._choose_budget(budget)
         self._retry_policy = check_retry_policy(retry_policy)
         recipe = Recipe(store)
@@ -389,9 +390,13 @@ class Region:
             self._check()
             if BlockState.PRIVATE in self.residency():
                 raise ValueError("changes in the region's memory would be lost: pickle its bytes, or its store")
-        budget = math.inf if self._budget is None else self._budget
-        options = {"mode": self._mode, "block_size": self.block_size, "retry_policy": self._retry_policy}
-        return functools.partial(type(self), self._store, budget=budget, **options), ()  # type: ignore[arg-type]  # mixed
+        options = {
+            "budget": None if self._chooses_budget else math.inf if self._budget is None else self._budget,
+            "mode": self._mode,
+            "block_size": self.block_size,
+            "retry_policy": self._retry_policy,
+        }
+        return functools.partial(type(self), self._store, **options), ()  # type: ignore[arg-type]  # mixed
 
     def __enter__(self) -> Self:
         return self

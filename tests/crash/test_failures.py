@@ -69,7 +69,8 @@ def test_a_block_that_kills_whoever_reads_it(start: Start, way: str, how: str) -
         if way == "touch":
             result = victim.end(within=20)
             assert result.signal == signal.SIGBUS
-            assert "3 processes died while they read it" in result.stderr
+            assert "CrashingStore(" in result.stderr
+            assert ": 3 processes died while they read it" in result.stderr
             return
         told = ["StoreError", BAD, BLOCK, "False", "False"]
         assert victim.line() == (["EFAULT"] if way == "write" else told)

@@ -19,6 +19,7 @@ from threading import Lock
 from userfault.blocks import ledger as book
 from userfault.blocks.geometry import PAGE_SIZE, round_up
 from userfault.errors import StoreError
+from userfault.pager.failure import name_of
 from userfault.stores.base import Store
 
 TYPE_CHECKING = False
@@ -59,7 +60,7 @@ class Recipe:
         self._buffers = [memoryview(buffer.raw()) for buffer in buffers]
         foreign = not kind.__module__.startswith("userfault.")
         lengths = [len(buffer) for buffer in self._buffers]
-        head = marshal.dumps((sys.path if foreign else [], store.concurrency, pickled, lengths))
+        head = marshal.dumps((sys.path if foreign else [], store.concurrency, pickled, lengths, name_of(store)[:1000]))
         self._head = _LENGTH.pack(len(head)) + head
         self.length = len(self._head) + sum(PAGE_SIZE + round_up(n, PAGE_SIZE) for n in lengths)
 
@@ -78,11 +79,11 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[done:], offset + done
 
 
-def _head(recipe: memoryview) -> tuple[list[str], int, bytes, list[int], int]:
-    """Return the path, the store's concurrency, its pickle, the lengths of its buffers, and where these begin."""
+def _head(recipe: memoryview) -> tuple[list[str], int, bytes, list[int], str, int]:
+    """Return the path, the store's concurrency, its pickle, the lengths of its buffers, its name, and its end."""
     (length,) = _LENGTH.unpack_from(recipe)
-    path, concurrency, pickled, lengths = marshal.loads(recipe[_LENGTH.size : _LENGTH.size + length])  # noqa: S302
-    return path, concurrency, pickled, lengths, round_up(_LENGTH.size + length, PAGE_SIZE)
+    path, concurrency, pickled, lengths, name = marshal.loads(recipe[_LENGTH.size : _LENGTH.size + length])  # noqa: S302
+    return path, concurrency, pickled, lengths, name, round_up(_LENGTH.size + length, PAGE_SIZE)
 
 
 def load(recipe: memoryview, size: int) -> Store:
@@ -91,7 +92,7 @@ def load(recipe: memoryview, size: int) -> Store:
     Raises:
         StoreError: if it cannot be made here, or does not have `size` bytes; `cause` says why.
     """
-    path, _, pickled, lengths, offset = _head(recipe)
+    path, _, pickled, lengths, _, offset = _head(recipe)
     buffers = []
     for length in lengths:
         buffers.append(recipe[offset : offset + length])
@@ -143,7 +144,8 @@ class LateStore(Store):
 
     def __init__(self, ledger: Ledger) -> None:
         self.size = ledger.geometry.size
-        self.concurrency = max(1, _head(ledger.recipe)[1])
+        _, concurrency, _, _, self._name, _ = _head(ledger.recipe)
+        self.concurrency = max(1, concurrency)
         self._ledger = ledger
         self._store: Store | None = None
         self._lock = Lock()
@@ -155,8 +157,8 @@ class LateStore(Store):
         store.read_into(offset, buffer)
 
     def describe(self) -> str:
-        """Return what the store calls itself, once it is there."""
-        return self._store.describe() if self._store else super().describe()
+        """Return what the store has called itself when it was passed in."""
+        return self._name
 
     def close(self) -> None:
         """Close the store if there is one."""
