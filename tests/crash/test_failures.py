@@ -77,7 +77,9 @@ def test_a_block_that_kills_whoever_reads_it(start: Start, way: str, how: str) -
         deaths = {"kill": "SIGKILL", "abort": "SIGABRT", "exit": 3}
         assert victim.expect("again") == [3, deaths[how]]
         assert victim.expect("others") == ["True"]
-        assert victim.expect("beside") == ["True", 1]
+        right, restarts = victim.expect("beside")
+        assert right == "True"
+        assert 1 <= restarts <= 2  # a worker that dies at once says no hello
         assert victim.expect("known") == ["True"]
         victim.end().check()
 

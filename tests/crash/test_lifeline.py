@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -43,18 +44,33 @@ DEADLINE_S = 1.0
 
 
 def stop(*pids: int) -> None:
-    """Stop processes, and wait until all of their threads stand still: SIGSTOP reaches one, which tells the others."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    stats = [entry / "stat" for pid in pids for entry in Path(f"/proc/{pid}/task").iterdir()]
-    wait_until(lambda: all(stat.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T" for stat in stats))
+    """Stop processes of a pager, and return when they are; what one has said to another before continues that one."""
+
+    def are_stopped() -> bool:
+        running = [pid for pid in pids if set(_states(pid)) != {"T"}]
+        for pid in running:
+            os.kill(pid, signal.SIGSTOP)  # which reaches one thread, and that one tells the others
+        return not running
+
+    wait_until(are_stopped)
+
+
+def _states(pid: int) -> list[str]:
+    stats = [entry / "stat" for entry in Path(f"/proc/{pid}/task").iterdir()]
+    return [stat.read_text(encoding="ascii").rpartition(")")[2].split()[0] for stat in stats]
 
 
 def kill_both(first: int, second: int) -> float:
-    """Kill two processes that are stopped already, or not; return when."""
-    killed = time.monotonic()
-    os.kill(first, signal.SIGKILL)
-    os.kill(second, signal.SIGKILL)
+    """Kill two processes that are stopped already, or not; return when.
+
+    The death of one continues the other, which would then see to a successor; so nobody may come in between.
+    """
+    with contextlib.ExitStack() as stack:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
+        stack.callback(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0))
+        killed = time.monotonic()
+        os.kill(first, signal.SIGKILL)
+        os.kill(second, signal.SIGKILL)
     return killed
 
 

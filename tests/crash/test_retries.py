@@ -173,3 +173,24 @@ def _await_news(victim: Victim, stopped: int) -> None:
 def _await_end(victim: Victim, pid: int) -> None:
     victim.wait_until(lambda: pid not in victim.pagers(), "a stopped process was not replaced", 10)
     victim.wait_until(lambda: len(victim.pagers()) == 2, "nobody took its place", 10)
+
+
+@pytest.mark.parametrize("role", ["worker", "supervisor"])
+def test_a_successor_that_is_stopped_before_it_has_said_a_word(start: Start, role: str) -> None:
+    with start("retries.stopped") as victim:
+        first = dict(zip(("supervisor", "worker"), victim.expect("ready")[:2], strict=True))[role]
+        os.kill(first, signal.SIGKILL)
+        victim.wait_until(lambda: _others(victim, role, first) != [], "there is no successor")
+        (second,) = _others(victim, role, first)
+        os.kill(second, signal.SIGSTOP)
+        victim.say("evict")
+        right, *_ = victim.expect("right")
+        assert right == "True"
+        victim.wait_until(lambda: _others(victim, role, first) not in ([], [second]), "it was not replaced", 20)
+        victim.say("end")
+        victim.end().check()
+        victim.assert_no_pager()
+
+
+def _others(victim: Victim, role: str, first: int) -> list[int]:
+    return [pid for pid in victim.pagers() if pid != first and victim.role(pid) == role]

@@ -46,9 +46,8 @@ BUCKETS = 96
 """Four buckets an octave from 256 ns: the last begins at about 3.6 s."""
 
 
-READING, SUSPECT, POISONED = 1, 2, 4
-"""Notes: a store of the user's own is being read; a worker died of that, perhaps; the application's pages are poisoned.
-"""
+READING, STRUCK, SUSPECT, POISONED = 1, 2, 4, 8
+"""Notes: a store of the user's own is being read; one worker has died meanwhile; two have; the pages are poisoned."""
 
 BOUNDS = tuple(round(256 * 2 ** (i / 4)) for i in range(BUCKETS))
 """Upper bounds of the latency buckets, in nanoseconds; the last one holds everything above too."""

@@ -66,7 +66,8 @@ def open_first(flags: int, user_mode_only: bool | None, via: str | None) -> tupl
             except KernelError as error:
                 if error.errno not in _CLOSED_DOOR:
                     raise
-                refused.append(error)
+                # Its traceback would hold this frame, and with it whatever the callers hold, in a circle.
+                refused.append(error.with_traceback(None))
     from userfault.kernel.gates import explain_refusal
 
     raise explain_refusal(roads, modes) from refused[0]

@@ -11,6 +11,7 @@ import signal
 from errno import ENOENT, ESRCH
 
 from userfault.errors import KernelError
+from userfault.kernel.syscalls import naming
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,10 +77,15 @@ def pidfd_open(pid: int) -> int:
 
 
 def pidfd_alive(fd: int) -> bool:
-    """Tell whether the process still runs; one that is dead but not yet waited for does not."""
+    """Tell whether the process still runs; one that is dead but not yet waited for does not.
+
+    Raises:
+        KernelError: ENOMEM.
+    """
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return not poll.poll(0)
+    with naming("poll"):
+        return not poll.poll(0)
 
 
 def pidfd_send_signal(fd: int, number: int) -> None:

@@ -78,7 +78,7 @@ class Calls:
         call = Call(message)
         self._waiting[message.id] = call
         try:
-            wire.send(self._control, message)
+            wire.deliver(self._control, message)
         except OSError as error:
             self._waiting.pop(message.id, None)
             raise PagerLostError(f"the pager's socket failed: {error}") from error
@@ -87,6 +87,7 @@ class Calls:
             raise
         if self._over:  # while we sent
             call.settle(None)
+        self._send_retired()
         return call
 
     def forget(self, call: Call) -> None:
@@ -96,7 +97,7 @@ class Calls:
     def tell(self, message: Message) -> None:
         """Send a request that nobody waits for. Lost with the worker that got it."""
         with contextlib.suppress(OSError):
-            wire.send(self._control, message)
+            wire.deliver(self._control, message)
 
     def retire(self, mapping: Mapping) -> None:
         """End a region that nobody holds any more. Called by finalizers, in any thread: does not wait."""
@@ -114,11 +115,11 @@ class Calls:
                 return
             try:
                 wire.send(self._control, message, socket.MSG_DONTWAIT)
-            except BlockingIOError:
+            except OSError as error:
+                if not isinstance(error, BlockingIOError) and error.errno not in wire.NO_MEMORY:
+                    break
                 self._unsent.appendleft(message)
                 return
-            except OSError:
-                break
         if self._over:
             self.end()
 
@@ -133,7 +134,7 @@ class Calls:
         """Ask a new worker everything that the old one may have taken along."""
         for call in list(self._waiting.values()):
             with contextlib.suppress(OSError):
-                wire.send(self._control, call.message)
+                wire.deliver(self._control, call.message)
 
     def end(self) -> None:
         """Nobody answers any more."""

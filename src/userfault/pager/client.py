@@ -32,9 +32,12 @@ class Pager:
 
     def __init__(self) -> None:
         self._link = Link()
+        self._watch()
+        self._link.start()  # last: whatever interrupts from here on, the finalizer ends what has begun
+
+    def _watch(self) -> None:
         self._finalizer = weakref.finalize(self, self._link.drop)
         self._finalizer.atexit = False  # at exit the pager goes by itself, once this process is gone
-        self._link.start()  # last: whatever interrupts from here on, the finalizer ends what has begun
 
     @property
     def link(self) -> Link:
@@ -80,7 +83,11 @@ class Pager:
         if not self.closed and self._link.open_regions:
             raise Error(f"{self._link.open_regions} regions are open on this pager; close them first")
         if self._finalizer.detach():
-            self._link.stop()
+            try:
+                self._link.stop()
+            except BaseException:  # Ctrl-C, say: another close, or the finalizer, ends it
+                self._watch()
+                raise
 
     def __enter__(self) -> Self:
         return self

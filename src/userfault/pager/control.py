@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from userfault.pager.spawn import Will
 
 TICK_MS = 500
+GONE = errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF
 SPARE = 32
 """Descriptors that are neither regions nor files of stores: sockets, pidfds, a glance into /proc."""
 
@@ -78,6 +79,8 @@ class Control:
         self._poll = select.poll()
         self._progress = False
         self._listening = True
+        self._waits_for_room = False
+        """Whether the application has to read before more can be sent."""
         self._alone = False
         """Without a supervisor, since none could be started."""
         self._over = False
@@ -101,7 +104,7 @@ class Control:
             self._poll.register(fd, select.POLLIN)
         tick = 0
         while not self._over:
-            ready = dict(self._poll.poll(WATCH_NS // 1_000_000 if self.loop.placement.yielding else TICK_MS))
+            ready = dict(self._poll.poll(self._patience()))
             now = time.perf_counter_ns()
             self.pulse.beat()
             with contextlib.suppress(OSError):  # no descriptor to be had for /proc, say: no reason to die
@@ -112,6 +115,12 @@ class Control:
             self._look(ready)
             self._send()
         self._tell_supervisor(Message(wire.GOODBYE))
+
+    def _patience(self) -> int:
+        """Milliseconds until there is something to do, even if nobody says anything."""
+        if self._outbox and not self._waits_for_room:
+            return 5
+        return WATCH_NS // 1_000_000 if self.loop.placement.yielding else TICK_MS
 
     def _look(self, ready: dict[int, int]) -> None:
         if self._bell in ready:
@@ -169,6 +178,7 @@ class Control:
         os.eventfd_write(self._bell, 1)
 
     def _send(self) -> None:
+        self._waits_for_room = False
         try:
             while self._outbox:
                 wire.send(self.control, self._outbox[0], socket.MSG_DONTWAIT)
@@ -176,9 +186,11 @@ class Control:
             wanted = select.POLLIN
         except BlockingIOError:
             wanted = select.POLLIN | select.POLLOUT
-        except OSError:  # the application closed its end; it may still live, and fault
-            self._outbox.clear()
-            return
+            self._waits_for_room = True
+        except OSError as error:
+            if error.errno in GONE:  # the application closed its end; it may still live, and fault
+                self._outbox.clear()
+            return  # else no memory for a packet, for the moment: the next turn of the loop tries again
         if self._listening:
             self._poll.modify(self.control.fileno(), wanted)
 
@@ -195,6 +207,8 @@ class Control:
             wire.deliver(self.ward, message)
         except BlockingIOError:  # it does not read: see `_patient`
             self._kill_supervisor()
+        except (BrokenPipeError, ConnectionResetError):  # it is dead: its successor gets all of this by will
+            return
 
     def _kill_supervisor(self) -> None:
         failure.report(f"supervisor {self.supervisor_pid} is stopped or hangs, and is replaced")
@@ -208,9 +222,15 @@ class Control:
             if self.supervisor < 0:  # it died before it had introduced itself
                 self._replace_supervisor()
         elif message.kind == wire.INTRODUCE:
-            self.supervisor_pid, self.supervisor = message.a, message.fds[0]
-            self._poll.register(self.supervisor, select.POLLIN)
+            if self.supervisor < 0:
+                self._watch_supervisor(message.a, message.fds[0])
+            else:
+                wire.close_all(message.fds)
             self.post(Message(wire.HELLO, a=os.getpid(), b=self.supervisor_pid))
+
+    def _watch_supervisor(self, pid: int, pidfd: int) -> None:
+        self.supervisor_pid, self.supervisor = pid, pidfd
+        self._poll.register(pidfd, select.POLLIN)
 
     def _replace_supervisor(self) -> None:
         if self.supervisor >= 0:
@@ -231,7 +251,7 @@ class Control:
         exports = self.exports.descriptors()
         will = self.will | {"ward": theirs.fileno(), "regions": regions, "exports": exports, "strikes": 0}
         try:
-            spawn.start_successor(spawn.SUPERVISOR, will)
+            pid = spawn.start_successor(spawn.SUPERVISOR, will)
         except OSError:  # no process to be had; the next tick tries again
             self._alone = True
             ward.close()
@@ -239,6 +259,8 @@ class Control:
         finally:
             theirs.close()
         self._alone = False
+        with contextlib.suppress(OSError):  # it may be stopped before it has said a word
+            self._watch_supervisor(pid, process.pidfd_open(pid))
         self.ward = _patient(ward)
         self._poll.register(self.ward, select.POLLIN)
         self.introduce()

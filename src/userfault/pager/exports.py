@@ -119,8 +119,9 @@ class Exports:
 
     def _started(self) -> select.epoll:
         if self._epoll is None:
-            self._epoll = select.epoll()
-            Thread(target=self._run, args=(self._epoll,), name="exports", daemon=True).start()
+            epoll = select.epoll()
+            Thread(target=self._run, args=(epoll,), name="exports", daemon=True).start()
+            self._epoll = epoll  # not before there is somebody who waits there
         return self._epoll
 
     def _run(self, epoll: select.epoll) -> None:

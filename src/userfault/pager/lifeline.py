@@ -7,6 +7,8 @@ Some facts
 * A socket with `O_ASYNC` makes the kernel send a signal when its other end closes, `F_SETSIG` says which, and
   `F_SETOWN_EX` with `F_OWNER_TID` to which thread (fcntl(2), Linux 2.6.32).  A signal to the process as a whole may be
   given to the thread that cannot take it: one that faults inside a system call.
+* The kernel sends no such signal while a thread waits in `recv` on that very socket (`SOCKWQ_ASYNC_WAITDATA`,
+  net/socket.c): it takes that thread to be told.  But it may need the GIL to go on.  `poll` is not meant by that.
 * `abort(3)` is async-signal-safe.  It unblocks SIGABRT and raises it; if that returns, because it is ignored or a
   handler came back, it puts the default action in place and raises it again.
 
@@ -28,7 +30,6 @@ the pager outlives it; an exec closes our end; a forked child does not own the s
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import os
 import select
@@ -38,7 +39,7 @@ import struct
 import threading
 import time
 
-from userfault.errors import UnsupportedError
+from userfault.errors import KernelError, UnsupportedError
 from userfault.kernel import process
 from userfault.kernel.syscalls import naming
 
@@ -98,12 +99,12 @@ class Lifeline:
             KernelError: in a sandbox.
         """
         with naming("rt_sigprocmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal_number(), signal.SIGABRT})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {_chosen, signal.SIGABRT})
         fd = self._ours.fileno()
         with naming("fcntl(F_SETOWN_EX)"):
             fcntl.fcntl(fd, F_SETOWN_EX, _OWNER.pack(F_OWNER_TID, threading.get_native_id()))
         with naming("fcntl(F_SETSIG)"):
-            fcntl.fcntl(fd, F_SETSIG, signal_number())
+            fcntl.fcntl(fd, F_SETSIG, _chosen)
 
     def intact(self) -> bool:
         """Whether somebody of the pager lives.
@@ -134,20 +135,23 @@ class Lifeline:
     def _set_async(self, flag: int) -> None:
         fd = self._ours.fileno()
         with naming("fcntl(F_SETFL)", "the lifeline of the pager"):
-            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_ASYNC | flag)
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_ASYNC
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags | flag)
 
     def wait(self) -> None:
         """Stay until nobody of the pager lives; then, if armed, end the process (the signal should have).
 
         The listening thread must not end before: the signal is aimed at it, and would reach nobody.
         """
-        while True:
+        fd = self._ours.fileno()
+        poll = select.poll()  # and not recv: who waits in there is not sent the signal
+        if fd >= 0:
+            poll.register(fd, select.POLLIN)
+        over = fd < 0
+        while not over:
             try:
-                self._ours.recv(1)
-                break
-            except OSError as error:
-                if error.errno == errno.EBADF:  # closed, by another thread
-                    break
+                over = bool(poll.poll())
+            except OSError:
                 time.sleep(PAUSE_S)  # without memory one cannot even wait
         if self.armed:
             os.abort()
@@ -160,7 +164,10 @@ class Lifeline:
         """Let the pager go without a signal."""
         self.armed = False
         if self._ours.fileno() >= 0:
-            self._set_async(0)
+            try:
+                self._set_async(0)
+            except KernelError:  # what was allowed once is allowed again: the pager must be able to go
+                self._set_async(0)
 
     def close(self) -> None:
         """Close this process's end, without a signal."""

@@ -13,7 +13,9 @@ import select
 import socket
 import sys
 import threading
+import time
 import weakref
+from _thread import start_new_thread
 from threading import RLock, Thread
 
 from userfault.errors import KernelError, PagerLostError
@@ -37,6 +39,7 @@ FEATURES = (
 START_S = 60.0
 """How long a pager may take to say hello; an overloaded machine needs seconds."""
 STOP_S = 10.0
+PASSING = (errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR)
 
 forking = RLock()
 """Held while descriptors exist that a forked child must not inherit unknowingly; a fork waits for it."""
@@ -98,7 +101,14 @@ class Link:
                 theirs.close()
                 self.lifeline.release_theirs()
             links.add(self)
-        self._thread.start()
+        start_new_thread(self._start_listening, ())
+
+    def _start_listening(self) -> None:
+        """Start the listening thread. In a thread: CPython's `start` waits for ever if there is no memory to begin."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # no more threads to be had
+            self._end(str(error))
 
     def _give_up_start(self) -> None:
         """Leave nothing of a start that failed or was interrupted: what was not made yet is not there."""
@@ -112,26 +122,25 @@ class Link:
             self.uffd.close()
 
     def _start(self, control: socket.socket) -> None:
-        supervisor, worker = wire.pair()
-        application, beats = os.pidfd_open(self.pid), pulse.create()
-        common = {
-            "pid": self.pid,
-            "application": application,
-            "uffd": self.uffd.fd,
-            "features": FEATURES,
-            "control": control.fileno(),
-            "lifeline": self.lifeline.theirs.fileno(),
-            "pulse": beats,
-            "regions": [],
-            "exports": [],
-            "strikes": 0,
-        }
-        with supervisor, worker:
-            try:
-                spawn.start_pair(common | {"ward": supervisor.fileno()}, common | {"ward": worker.fileno()})
-            finally:
-                os.close(application)
-                os.close(beats)
+        with contextlib.ExitStack() as stack:
+            supervisor, worker = map(stack.enter_context, wire.pair())
+            application = os.pidfd_open(self.pid)
+            stack.callback(os.close, application)
+            beats = pulse.create()
+            stack.callback(os.close, beats)
+            common = {
+                "pid": self.pid,
+                "application": application,
+                "uffd": self.uffd.fd,
+                "features": FEATURES,
+                "control": control.fileno(),
+                "lifeline": self.lifeline.theirs.fileno(),
+                "pulse": beats,
+                "regions": [],
+                "exports": [],
+                "strikes": 0,
+            }
+            spawn.start_pair(common | {"ward": supervisor.fileno()}, common | {"ward": worker.fileno()})
 
     # -- requests --------------------------------------------------------------------------------------------
 
@@ -229,6 +238,9 @@ class Link:
                 return
             reason = "the pager is gone"
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in PASSING:  # no memory for a message: it stays where it is
+                time.sleep(0.01)
+                return
             reason = f"the pager's socket failed: {error}"
         except Exception:  # noqa: BLE001  # this thread must stay: the lifeline is aimed at it
             sys.excepthook(*sys.exc_info())
@@ -296,7 +308,7 @@ class Link:
             self.calls.tell(Message(wire.BYE))
             self.lost = self.lost or "the pager was dropped"
             with contextlib.suppress(OSError):
-                self._control.shutdown(socket.SHUT_WR)
+                self._control.shutdown(socket.SHUT_RDWR)  # what was sent is read all the same
 
     def close_descriptors(self) -> None:
         """Close what this process holds."""
@@ -318,8 +330,22 @@ def _pidfd(pid: int) -> int:
 
 
 def _wait_all(pidfds: list[int]) -> None:
-    for fd in pidfds:
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        poll.poll(STOP_S * 1000)
-        os.close(fd)
+    deadline = time.monotonic() + STOP_S
+    try:
+        for fd in pidfds:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            while not _poll(poll) and time.monotonic() < deadline:
+                pass
+    finally:
+        wire.close_all(tuple(pidfds))
+
+
+def _poll(poll: select.poll) -> bool:
+    try:
+        return bool(poll.poll(STOP_S * 1000))
+    except OSError as error:  # no memory, for the moment
+        if error.errno not in PASSING:
+            raise
+        time.sleep(0.01)
+        return False

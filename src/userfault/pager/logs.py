@@ -11,6 +11,7 @@ themselves, as the application may be about to die of a SIGBUS.
 from __future__ import annotations
 
 import contextlib
+from _thread import start_new_thread
 from collections import deque
 from threading import Lock, Thread
 
@@ -39,16 +40,19 @@ def put(level: int, room: str, text: object) -> None:
         if _busy:
             return
         _busy = True
+    thread = Thread(target=_log, name="userfault-log", daemon=True)
     try:
-        Thread(target=_log, name="userfault-log", daemon=True).start()
+        start_new_thread(thread.start, ())  # `start` itself may wait for ever, if there is no memory to begin
     except RuntimeError:  # no thread to be had, or the interpreter is ending: the next one tries again
         _busy = False
 
 
 def _log() -> None:
     global _busy  # noqa: PLW0603  # as above
-    import logging
+    from userfault.pager.link import forking
 
+    with forking:  # it registers what is to be done at a fork, which must not be half-way through
+        import logging
     root = logging.getLogger("userfault")
     if not root.handlers:
         root.addHandler(logging.NullHandler())

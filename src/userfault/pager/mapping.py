@@ -30,6 +30,7 @@ from userfault.blocks.ledger import Layout, Ledger
 from userfault.errors import KernelError
 from userfault.kernel import abi, memfd, memory
 from userfault.kernel.syscalls import naming
+from userfault.pager import link
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Mapping(mmap.mmap):
     identity: int
     pager: Pager
     link: Link
+    _file: tuple[int, int]
+    """Number and inode of its memfd, which is open until the pager has it."""
     _owner: int
 
     def begin(
@@ -75,20 +78,32 @@ class Mapping(mmap.mmap):
         self.pager, self.link, self.identity, self._owner = pager, pager.link, identity, 0
         self.address, self.length = memory.address_of(self), geometry.length
         layout = Layout(geometry, recipe.length)
-        fd = memfd.create("userfault-region", layout.total)
+        with link.forking:
+            fd = self._create(layout.total)
+            _alive.add(self)
         try:
             with naming("pwrite", "the recipe of a store"):
                 recipe.write(fd, layout.recipe)
-            self.ledger = Ledger(fd, layout)
-            self._write_header(mode, budget, retries, layout)
-            self._cover(fd)
-            self._register(self.link.uffd, mode)
-            memory.protect(self.address, self.length, _protection(mode))
+            with link.forking:  # a child would inherit the ledger, or the memory, and not know of it
+                self.ledger = Ledger(fd, layout)
+                self._write_header(mode, budget, retries, layout)
+                self._cover(fd)
+                self._register(self.link.uffd, mode)
+                memory.protect(self.address, self.length, _protection(mode))
+                self._owner = os.getpid()
         except BaseException:
             os.close(fd)
             raise
-        self._owner = os.getpid()
-        _alive.add(self)
+        return fd
+
+    def _create(self, size: int) -> int:
+        fd: int = memfd.create("userfault-region", size)
+        try:
+            with naming("fstat"):
+                self._file = fd, os.fstat(fd).st_ino
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
     def _write_header(self, mode: str, budget: int | None, retries: RetryPolicy, layout: Layout) -> None:
@@ -140,17 +155,33 @@ class Mapping(mmap.mmap):
         """
         if self._owner != os.getpid():
             return
-        self._owner = 0
+        with link.forking:
+            self._owner = 0
+            try:
+                memory.map_memory(self.length, prot=0, flags=_RESERVED | abi.MAP_FIXED, address=self.address)
+            except KernelError:
+                self._owner = os.getpid()  # the end of this object will try again
+                raise
+            with contextlib.suppress(KernelError):  # in a sandbox: nobody waits there, as a rule
+                self.link.uffd.wake(self.address, self.length)
+            with contextlib.suppress(KernelError):  # then the end of the ledger lets go of it
+                self.ledger.let_go()
+            _alive.discard(self)
+
+    def leave_in_child(self) -> None:
+        """Keep nothing of the parent's in a forked child, and its addresses free of anything else."""
+        fd, inode = self._file
+        with contextlib.suppress(OSError):  # closed, as a rule; or by now something else
+            if os.fstat(fd).st_ino == inode:
+                os.close(fd)
+        if not self._owner:  # it was just beginning, and the addresses are reserved as they were; or has ended
+            return
+        self.ledger.let_go()  # it is shared memory: through it the child would pin, and keep the data alive
         try:
-            memory.map_memory(self.length, prot=0, flags=_RESERVED | abi.MAP_FIXED, address=self.address)
-        except KernelError:
-            self._owner = os.getpid()  # the end of this object will try again
-            raise
-        _alive.discard(self)
-        with contextlib.suppress(KernelError):  # in a sandbox: nobody waits there, as a rule
-            self.link.uffd.wake(self.address, self.length)
-        with contextlib.suppress(KernelError):  # then the end of the ledger lets go of it
-            self.ledger.let_go()
+            flags = _RESERVED | abi.MAP_FIXED_NOREPLACE
+            memory.map_memory(self.length, prot=0, flags=flags, address=self.address)
+        except KernelError:  # taken within microseconds of the fork: then the object must never unmap them
+            _taken.append(self)
 
     def __del__(self) -> None:
         if getattr(self, "_owner", 0) == os.getpid():
@@ -174,17 +205,11 @@ def new_mapping(size: int, mode: str) -> Mapping:
         raise KernelError(number, "mmap", f"{size} bytes for a region") from error
 
 
-def _reserve_in_child() -> None:
-    """Keep the addresses of the parent's regions free of anything else: a touch is a SIGSEGV."""
+def _leave_all_in_child() -> None:
     for mapping in list(_alive):
-        mapping.ledger.let_go()  # it is shared memory: through it the child would pin, and keep the data alive
-        try:
-            flags = _RESERVED | abi.MAP_FIXED_NOREPLACE
-            memory.map_memory(mapping.length, prot=0, flags=flags, address=mapping.address)
-        except KernelError:  # taken within microseconds of the fork: then the object must never unmap them
-            _taken.append(mapping)
+        mapping.leave_in_child()
     _alive.clear()
 
 
 _taken: list[Mapping] = []
-os.register_at_fork(after_in_child=_reserve_in_child)
+os.register_at_fork(after_in_child=_leave_all_in_child)

@@ -419,7 +419,7 @@ class Outlet:
     def _tell(self) -> None:
         """Send what may be read: the answer of the handshake, or the faults."""
         self._note_state()
-        with contextlib.suppress(BlockingIOError, ConnectionError):  # it has shut down
+        with contextlib.suppress(ConnectionError):  # it has shut down
             while self._sent < self._most and (packet := self.connection.outgoing(self._sent)) is not None:
                 if self._answering():
                     self._mark(len(packet))

@@ -16,6 +16,7 @@ left alone.  A look that comes late proves nothing: the one who looks was stoppe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from fcntl import F_GETFL, F_SETFL, F_SETOWN, fcntl
@@ -40,9 +41,10 @@ HUNG_S = 60.0
 
 def continue_by(ward: socket.socket) -> None:
     """Have this process continued, if it is stopped, when the other end of `ward` speaks or closes."""
-    fcntl(ward.fileno(), F_SETOWN, os.getpid())
-    fcntl(ward.fileno(), F_SETSIG, signal.SIGCONT)
-    fcntl(ward.fileno(), F_SETFL, fcntl(ward.fileno(), F_GETFL) | os.O_ASYNC)
+    with contextlib.suppress(OSError):  # no memory for it: then a pulse must do
+        fcntl(ward.fileno(), F_SETOWN, os.getpid())
+        fcntl(ward.fileno(), F_SETSIG, signal.SIGCONT)
+        fcntl(ward.fileno(), F_SETFL, fcntl(ward.fileno(), F_GETFL) | os.O_ASYNC)
 
 
 def create() -> int:

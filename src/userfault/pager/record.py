@@ -6,6 +6,8 @@ in words.  The application writes the first few once; the rest is the worker's.
 
 from __future__ import annotations
 
+import os
+
 from userfault.kernel import memfd, memory
 
 MAGIC = 0x3131304C41544F  # any constant does
@@ -30,9 +32,17 @@ class Record:
 
     @classmethod
     def create(cls, identity: int, address: int, size: int, offset: int) -> tuple[int, Record]:
-        """Make one; return its descriptor as well, which travels to the pager."""
+        """Make one; return its descriptor as well, which travels to the pager.
+
+        Raises:
+            KernelError: EMFILE, ENOMEM.
+        """
         fd = memfd.create("userfault-export", SIZE)
-        record = cls(fd)
+        try:
+            record = cls(fd)
+        except BaseException:
+            os.close(fd)
+            raise
         for word, value in {W_ID: identity, W_ADDRESS: address, W_SIZE: size, W_OFFSET: offset, W_MAGIC: MAGIC}.items():
             record.words[word] = value
         return fd, record

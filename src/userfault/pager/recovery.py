@@ -3,7 +3,8 @@
 A block that was being filled is clean if it is wholly there, and otherwise becomes a hole; one that was being dropped
 is dropped.  Two notes say more than the state.  POISONED: the block had failed before, and whatever is not there of it
 is a SIGBUS still, so it has failed again.  READING: the dead worker was inside a store of the user's own for this
-block, and may have died of it; from now on the block is a SUSPECT, and is read in a process of its own (`trial`).
+block, and may have died of it.  A block to which that happens for the second time is a SUSPECT, and is read in a
+process of its own (`trial`).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _recover_part(region: Served, start: int, part: bytes) -> None:
 
 def _recover_block(region: Served, block: int, state: int) -> None:
     if state in (FILLING, PRIVATE) and region.notes[block] & book.READING:
-        region.notes[block] ^= book.READING | book.SUSPECT
+        region.notes[block] ^= book.READING | (book.SUSPECT if region.notes[block] & book.STRUCK else book.STRUCK)
     if state == PRIVATE:
         region.private.add(block)
         region.counters.became_private()

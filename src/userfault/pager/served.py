@@ -247,12 +247,12 @@ class Served:
         if self.states[block] != PRIVATE:  # whose other pages hold what the user wrote
             self.states[block] = FAILED
         self.counters.add(book.FAILURES)
+        if loud:  # first, since the application may be about to die of it
+            failure.report(f"{error}; touching it is a SIGBUS until Region.retry()")
+            self.on_news(wire.BLOCK_FAILED, text)
         start, length = self.extent(block)
         poison.poison(self.uffd, self.base + start, length)
         self.on_settled()
-        if loud:
-            failure.report(f"{error}; touching it is a SIGBUS until Region.retry()")
-            self.on_news(wire.BLOCK_FAILED, text)
         return text
 
     def tell_retry(self, error: StoreError) -> None:

@@ -53,7 +53,7 @@ class Supervisor:
         self.exports: dict[int, tuple[int, ...]] = {number: tuple(fds) for number, fds in will["exports"]}
         self.strikes: int = will["strikes"]
         self.worker = -1
-        """pidfd of the worker; -1 until it has introduced itself."""
+        """pidfd of the worker; -1 while it is not known."""
         self.worker_pid = 0
         self.pulse = Pulse(will["pulse"], pulse.SUPERVISOR)
         self.born = time.monotonic()
@@ -79,7 +79,8 @@ class Supervisor:
     def introduce(self) -> None:
         """Tell the worker who its supervisor is; it watches us as we watch it."""
         own = process.pidfd_open(os.getpid())
-        wire.deliver(self.ward, wire.Message(wire.INTRODUCE, a=os.getpid(), fds=(own,)))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is dead already: the loop will see that
+            wire.deliver(self.ward, wire.Message(wire.INTRODUCE, a=os.getpid(), fds=(own,)))
         os.close(own)
 
     def watch_worker(self) -> None:
@@ -87,6 +88,8 @@ class Supervisor:
         poll = select.poll()
         poll.register(self.ward, select.POLLIN)
         poll.register(self.will["application"], select.POLLIN)
+        if self.worker >= 0:
+            poll.register(self.worker, select.POLLIN)
         deadline = math.inf
         while True:
             ready = [fd for fd, _ in poll.poll(1000 * max(0, min(pulse.LOOK_S, deadline - time.monotonic())))]
@@ -120,7 +123,10 @@ class Supervisor:
         if message is None:
             return False
         if message.kind == wire.INTRODUCE:
-            self.worker_pid, self.worker = message.a, message.fds[0]
+            if self.worker < 0:
+                self.worker_pid, self.worker = message.a, message.fds[0]
+            else:
+                wire.close_all(message.fds)
         elif message.kind == wire.KEEP:
             self.drop(message.region)
             if len(message.fds) == wire.EXPORT_FDS:
@@ -148,8 +154,8 @@ class Supervisor:
                 os.waitpid(self.worker_pid, os.WNOHANG)
         self.worker = -1
         self.ward.close()
-        if not process.pidfd_alive(self.will["application"]):
-            self.finished = True
+        with contextlib.suppress(OSError):  # who cannot be asked is alive
+            self.finished = self.finished or not process.pidfd_alive(self.will["application"])
 
     def see_to_a_worker(self) -> None:
         """Have one again, unless nobody needs it, or give up."""
@@ -180,7 +186,8 @@ class Supervisor:
             "strikes": self.strikes,
         }
         with contextlib.suppress(OSError):  # could not be started: counts as one that died
-            spawn.start_successor(spawn.WORKER, will)
+            self.worker_pid = spawn.start_successor(spawn.WORKER, will)
+            self.worker = process.pidfd_open(self.worker_pid)  # it may be stopped before it has said a word
         theirs.close()
         self.introduce()
         return True

@@ -1,11 +1,11 @@
 """Reading a block that may kill its reader: in a process of its own.
 
-When a worker dies while it is in a store of the user's own, the blocks that it was reading are suspects.  Another
-worker that read them might die as well, with the faults of every region.  So each suspect is read by a process that
+When two workers have died while they were in a store of the user's own for the same block, that block is a suspect.  A
+third worker that read it might die as well, with the faults of every region.  So a suspect is read by a process that
 does nothing else: it makes the store from the region's recipe, writes the block into a memfd, and ends.  What it cannot
-do is harm: if it dies, that was the second strike, and then the third, and the block fails.
+do is harm: if it dies, that was the third strike, and the block fails.
 
-Most suspects are innocent (somebody killed the worker, or another block did): they are read, a twentieth of a second
+Many suspects are innocent (somebody killed the workers, or another block did): they are read, a twentieth of a second
 later than otherwise, and suspected no more.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from userfault.pager.spawn import Will
 
 STRIKES = 3
-"""Processes that may die of a block, the first of them a worker."""
+"""Processes that may die of a block, the first two of them workers."""
 GOOD, BAD = 0, 2
 """Exit statuses: the memfd holds the block; it holds an error."""
 _ROOM = 16 << 10
@@ -45,19 +45,18 @@ def read(region: int, block: int, view: memoryview, timeout_ns: int) -> None:
         timeout_ns: How long it may take, in nanoseconds; 0: as long as it likes.
 
     Raises:
-        StoreError: as the store says; or if every process that read it has died.
+        StoreError: as the store says; or if this process has died as well.
     """
-    for _ in range(1, STRIKES):
-        buffer = memfd.create("userfault-trial", max(len(view), _ROOM))
-        try:
-            status = _attempt(region, block, buffer, timeout_ns)
-            if status == GOOD:
-                os.preadv(buffer, [view], 0)
-                return
-            if status == BAD:
-                raise failure.decode(os.pread(buffer, _ROOM, 0))
-        finally:
-            os.close(buffer)
+    buffer = memfd.create("userfault-trial", max(len(view), _ROOM))
+    try:
+        status = _attempt(region, block, buffer, timeout_ns)
+        if status == GOOD:
+            os.preadv(buffer, [view], 0)
+            return
+        if status == BAD:
+            raise failure.decode(os.pread(buffer, _ROOM, 0))
+    finally:
+        os.close(buffer)
     cause = f"the last one {_death(status)}"
     raise StoreError(f"{STRIKES} processes died while they read it", attempts=STRIKES, cause=cause, permanent=True)
 

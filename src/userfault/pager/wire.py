@@ -23,6 +23,8 @@ EXPORT_FDS = 5
 """Of an export: its record, the userfaultfd, our end, the program's end, the memory."""
 MAX_FDS = EXPORT_FDS
 TRIES = 8
+NO_MEMORY = (errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS)
+"""Errnos of a message for which the kernel has no room at the moment."""
 _FD = struct.Struct("=i")
 _ROOM_FOR_FDS = socket.CMSG_SPACE(MAX_FDS * _FD.size)
 
@@ -106,18 +108,15 @@ def deliver(sock: socket.socket, message: Message) -> None:
 
     Raises:
         BlockingIOError: if the reader does not read (SO_SNDTIMEO).
+        BrokenPipeError, ConnectionResetError: if there is no reader any more.
         OSError: as sendmsg(2), if it does not pass.
     """
     for attempt in range(TRIES):
         try:
             send(sock, message)
             return
-        except BlockingIOError:
-            raise
         except OSError as error:
-            if error.errno in (errno.EPIPE, errno.ECONNRESET):  # dead: its successor gets all of this by will
-                return
-            if attempt == TRIES - 1:
+            if error.errno not in NO_MEMORY or attempt == TRIES - 1:
                 raise
         time.sleep(0.001 * 2**attempt)  # no memory for a packet: back-off
 

@@ -287,7 +287,10 @@ class FileStore(Store):
 def _examine(path: str) -> Identity:
     """Open a path once, to see that it can be read, and return its identity."""
     file = OpenFile(path)
-    status = os.fstat(file.fd)
+    try:
+        status = os.fstat(file.fd)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
     if S_ISDIR(status.st_mode):
         raise IsADirectoryError(EISDIR, os.strerror(EISDIR), path)
     if not S_ISREG(status.st_mode):

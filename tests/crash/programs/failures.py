@@ -198,6 +198,9 @@ def made_slowly() -> None:
     address = region.address
     say("slow", bytes(region.memory) == PatternStore(1 << 20, 1).expected(0, 1 << 20))
     region.close()
+    deadline = time.monotonic() + 1.0
+    while _memfds(pager.pid) > 1 and time.monotonic() < deadline:  # the supervisor hears of it a little later
+        time.sleep(0.001)
     say("memfds", *(_memfds(pid) for pid in (pager.pid, pager.worker_pid)))
     other = PatternStore(3 << 19, 2)
     regions: list[userfault.Region] = []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
+import select
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -66,6 +69,7 @@ def touch_unprivileged(sigabrt: str) -> None:
 
 def touch(fault: str, sigabrt: str, where: str, with_faulthandler: bool) -> None:
     """Wait for the word, then touch what is not there."""
+    faulthandler.disable()  # in development mode it is enabled from the start
     set_up(sigabrt)
     if with_faulthandler:
         faulthandler.enable()  # last, or the program's own handler would be in its place
@@ -152,13 +156,15 @@ def open_on_a_dead_pager() -> None:
     pager = region.pager
     region.close()
     next_id = pager.link.calls.next_id
+    pids = [pager.pid, pager.worker_pid]
+    watched = [struct.pack("=ihh", os.pidfd_open(pid), select.POLLIN, 0) for pid in pids]
+    poll = ctypes.PyDLL(None).poll  # waiting in any other way would let go of the GIL
 
     def die_first() -> int:
-        for pid in (pager.pid, pager.worker_pid):
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        dead = time.monotonic() + 0.05
-        while time.monotonic() < dead:  # waiting in any other way would let go of the GIL
-            pass
+        for one in watched:
+            poll(ctypes.c_char_p(one), 1, 20_000)
         return next_id()
 
     sys.setswitchinterval(20)  # the thread that would notice does not run before we wait for something
