@@ -15,7 +15,7 @@ from threading import RLock
 
 from userfault.blocks import geometry as units
 from userfault.blocks.geometry import Geometry
-from userfault.blocks.pins import Pins
+from userfault.blocks.pins import Pin, Pins
 from userfault.blocks.states import BlockState
 from userfault.errors import Error, PagerLostError, RegionClosedError, StoreError
 from userfault.kernel import process
@@ -25,6 +25,7 @@ from userfault.pager.mapping import MODES, Mapping, new_mapping
 from userfault.pager.recipe import Recipe
 from userfault.pager.wire import Message
 from userfault.retry import RetryPolicy, check_retry_policy
+from userfault.shield import to_the_end
 from userfault.stats import RegionStats, read_stats
 from userfault.stores import Store
 from userfault.stores.base import check_store
@@ -93,35 +94,38 @@ class Region:
     def _choose_budget(self, budget: str | float | None) -> int | None:
         block_size = self._geometry.block_size
         if budget is None:
-            return max(process.memory_available() // 2, SMALLEST_BUDGET * block_size)
+            return max(to_the_end(process.memory_available) // 2, SMALLEST_BUDGET * block_size)
         return units.check_budget(budget, block_size)
 
     def _open(self, recipe: Recipe) -> Mapping:
         """Map the memory and have the pager take it on; leave nothing behind if that fails."""
         mapping = new_mapping(self._geometry.size, self._mode)
-        identity = self._link.calls.next_id()
-        self._link.opened()
-        try:
-            fd = mapping.begin(
-                self._pager, identity, self._geometry, self._mode, self._budget, self._retry_policy, recipe
-            )
-        except BaseException:
-            self._link.closed()
-            raise
-        try:
-            self._link.request(Message(wire.OPEN, region=identity, fds=(fd,)))
+        to_the_end(lambda: self._begin(mapping, recipe))
+        try:  # whatever interrupts from here on, or leaves this half-way: the end of the mapping ends what has begun
+            self._link.request(Message(wire.OPEN, region=mapping.identity, fds=(mapping.file,)))
         except BaseException:
             self._forsake(mapping)
             raise
-        finally:
-            os.close(fd)
+        mapping.close_file()
         return mapping
+
+    def _begin(self, mapping: Mapping, recipe: Recipe) -> None:
+        identity = self._link.calls.next_id()
+        self._link.opened()
+        try:
+            mapping.begin(self._pager, identity, self._geometry, self._mode, self._budget, self._retry_policy, recipe)
+        except BaseException:
+            self._link.closed()
+            raise
 
     def _forsake(self, mapping: Mapping) -> None:
         with contextlib.suppress(Error):
             self._link.request(Message(wire.CLOSE, region=mapping.identity))
-        mapping.finish()
-        self._link.closed()
+        to_the_end(lambda: self._finish(mapping))
+
+    def _finish(self, mapping: Mapping) -> None:
+        if mapping.finish():
+            self._link.closed()
 
     # -- what it is ------------------------------------------------------------------------------------------
 
@@ -214,14 +218,22 @@ class Region:
                 f"{end - start} bytes are more than the budget of {self._budget} bytes holds at once; "
                 "ask for less, or open the region with a larger budget="
             )
-        self._pins.add(first, stop, most)
+        pin = Pin(first, stop)
         try:
+            self._pins.add(pin, most)
             self._ask(Message(wire.ENSURE, 0, self._map.identity, first, stop, flags=wire.WRITE if write else 0))
             with self._view() as whole, whole[start:end] as view:
                 yield view
         finally:
-            if self._pid == os.getpid():  # not in a child that was forked in here
-                self._pins.remove(first, stop)
+            try:
+                self._unpin(pin)
+            except BaseException:  # a signal handler's: pins must not be left behind
+                self._unpin(pin)
+                raise
+
+    def _unpin(self, pin: Pin) -> None:
+        if self._pid == os.getpid():  # not in a child that was forked meanwhile
+            self._pins.remove(pin)
 
     def prefetch(self, offset: int = 0, length: int | None = None, wait: bool = False) -> None:
         """Begin to bring a range in, at most as much as the budget holds. Rounded outward to blocks.

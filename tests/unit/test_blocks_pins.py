@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from userfault.blocks.pins import MOST, Pins
+from userfault.blocks.pins import MOST, Pin, Pins
 
 if TYPE_CHECKING:
     from userfault.blocks.ledger import Ledger
@@ -24,17 +24,24 @@ def book_of(blocks: int) -> Ledger:
     return cast("Ledger", SimpleNamespace(pins=memoryview(bytearray(blocks))))
 
 
+def pinned(first: int, stop: int) -> Pin:
+    """A range as it is once it has been pinned."""
+    pin = Pin(first, stop)
+    pin.done = stop
+    return pin
+
+
 def test_pins_count_up_and_down() -> None:
     ledger = book_of(10)
     pins = Pins(ledger)
-    pins.add(2, 5, MANY)
-    pins.add(4, 6, MANY)
+    pins.add(Pin(2, 5), MANY)
+    pins.add(Pin(4, 6), MANY)
     assert bytes(ledger.pins) == bytes([0, 0, 1, 1, 2, 1, 0, 0, 0, 0])
     assert pins.blocks == 4
-    pins.remove(2, 5)
+    pins.remove(pinned(2, 5))
     assert bytes(ledger.pins) == bytes([0, 0, 0, 0, 1, 1, 0, 0, 0, 0])
     assert pins.blocks == 2
-    pins.remove(4, 6)
+    pins.remove(pinned(4, 6))
     assert not any(ledger.pins)
     assert pins.blocks == 0
 
@@ -42,19 +49,19 @@ def test_pins_count_up_and_down() -> None:
 def test_an_empty_range_pins_nothing() -> None:
     ledger = book_of(3)
     pins = Pins(ledger)
-    pins.add(0, 0, 0)
-    pins.remove(0, 0)
+    pins.add(Pin(0, 0), 0)
+    pins.remove(pinned(0, 0))
     assert not any(ledger.pins)
 
 
 def test_more_than_the_budget_is_refused_and_changes_nothing() -> None:
     ledger = book_of(10)
     pins = Pins(ledger)
-    pins.add(0, 3, 4)
+    pins.add(Pin(0, 3), 4)
     with pytest.raises(ValueError, match=r"5 blocks .* holds 4"):
-        pins.add(5, 7, 4)
+        pins.add(Pin(5, 7), 4)
     assert bytes(ledger.pins) == b"\1\1\1" + bytes(7)
-    pins.add(1, 4, 4)  # two of these count already
+    pins.add(Pin(1, 4), 4)  # two of these count already
     assert pins.blocks == 4
 
 
@@ -62,25 +69,44 @@ def test_a_block_is_pinned_255_times_and_no_more() -> None:
     ledger = book_of(3)
     pins = Pins(ledger)
     for _ in range(MOST):
-        pins.add(1, 2, MANY)
+        pins.add(Pin(1, 2), MANY)
     with pytest.raises(ValueError, match="pinned 255 times"):
-        pins.add(0, 3, MANY)
+        pins.add(Pin(0, 3), MANY)
     assert bytes(ledger.pins) == bytes([0, MOST, 0])
     for _ in range(MOST):
-        pins.remove(1, 2)
+        pins.remove(pinned(1, 2))
     assert pins.blocks == 0
 
 
 def test_ranges_longer_than_one_step_are_counted_whole() -> None:
     ledger = book_of(200_001)
     pins = Pins(ledger)
-    pins.add(1, 200_000, MANY)
-    pins.add(131_072, 131_073, MANY)
+    pins.add(Pin(1, 200_000), MANY)
+    pins.add(Pin(131_072, 131_073), MANY)
     assert pins.blocks == 199_999
     assert ledger.pins[131_072] == 2
     assert ledger.pins[0] == ledger.pins[200_000] == 0
-    pins.remove(1, 200_000)
+    pins.remove(pinned(1, 200_000))
     assert pins.blocks == 1
+
+
+def test_what_was_not_pinned_is_not_taken_away() -> None:
+    ledger = book_of(5)
+    pins = Pins(ledger)
+    pins.add(Pin(0, 5), MANY)
+    refused, half = Pin(0, 5), Pin(1, 4)
+    with pytest.raises(ValueError, match="pinned at once"):
+        pins.add(refused, 2)
+    pins.remove(refused)
+    pins.add(half, MANY)
+    half.done = 1  # as if a signal handler had raised before anything was done
+    pins.remove(half)
+    assert bytes(ledger.pins) == bytes([1, 2, 2, 2, 1])
+    half.done = 4
+    pins.remove(half)
+    pins.remove(half)  # again, as after one that was interrupted when all was done
+    assert bytes(ledger.pins) == bytes([1] * 5)
+    assert pins.blocks == 5
 
 
 @pytest.fixture
@@ -100,8 +126,8 @@ def test_no_pin_is_lost_between_threads(frequent_switches: None) -> None:
         start.wait()
         for step in range(200):
             first = (number * 7 + step) % 60
-            pins.add(first, first + 4, MANY)
-            pins.remove(first, first + 4)
+            pins.add(Pin(first, first + 4), MANY)
+            pins.remove(pinned(first, first + 4))
 
     threads = [Thread(target=work, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -132,16 +158,16 @@ class PinsMachine(RuleBasedStateMachine):
         stop = min(first + length, self.blocks)
         wanted = self.counts([*self.held, (first, stop)])
         if sum(map(bool, wanted)) <= self.most:
-            self.pins.add(first, stop, self.most)
+            self.pins.add(Pin(first, stop), self.most)
             self.held.append((first, stop))
         else:
             with pytest.raises(ValueError, match="pinned at once"):
-                self.pins.add(first, stop, self.most)
+                self.pins.add(Pin(first, stop), self.most)
 
     @precondition(lambda self: self.held)
     @rule(which=st.integers(0, 1000))
     def remove(self, which: int) -> None:
-        self.pins.remove(*self.held.pop(which % len(self.held)))
+        self.pins.remove(pinned(*self.held.pop(which % len(self.held))))
 
     @invariant()
     def the_ledger_says_what_is_held(self) -> None:

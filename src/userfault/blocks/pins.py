@@ -3,6 +3,10 @@
 The application is their only writer.  A pin stands in shared memory before anything is asked for, the worker looks at
 it before it drops a block and once more after it has said so; that is all the protocol there is, and it survives any
 number of workers.  A count is a byte, so a block can be pinned 255 times at once.
+
+A signal handler may raise wherever a call ends or a loop comes round.  Assignments that follow one another, without a
+call between them, are one step to it; so each part of a range is pinned, counted and noted in such a step, and what was
+interrupted can be taken back, or gone on with.
 """
 
 from __future__ import annotations
@@ -19,6 +23,18 @@ _MORE = bytes(min(i + 1, MOST) for i in range(256))
 _LESS = bytes(max(i - 1, 0) for i in range(256))
 
 
+class Pin:
+    """A range of blocks, to be pinned once. One thread uses it."""
+
+    __slots__ = ("done", "first", "stop")
+
+    def __init__(self, first: int, stop: int) -> None:
+        self.first = first
+        self.stop = stop
+        self.done = first
+        """How far it is pinned: from `first` to here."""
+
+
 class Pins:
     """The pins of one region. Any thread may call it."""
 
@@ -28,31 +44,37 @@ class Pins:
         self.blocks = 0
         """How many blocks are pinned."""
 
-    def add(self, first: int, stop: int, most: int) -> None:
+    def add(self, pin: Pin, most: int) -> None:
         """Pin a range of blocks once more; `most` blocks may be pinned together.
 
         Raises:
             ValueError: if that would be more than `most`, or one block more than 255 times. Nothing is changed then.
         """
         with self._lock:
-            fresh = sum(bytes(part).count(0) for part in self._parts(first, stop))
+            fresh = sum(bytes(part).count(0) for part, _ in self._parts(pin.first, pin.stop))
             if self.blocks + fresh > most:
                 raise ValueError(f"{self.blocks + fresh} blocks would be pinned at once, and the budget holds {most}")
-            if any(MOST in part for part in self._parts(first, stop)):
-                raise ValueError(f"a block between {first} and {stop} is pinned {MOST} times already")
-            self._translate(first, stop, _MORE)
-            self.blocks += fresh
+            if any(MOST in part for part, _ in self._parts(pin.first, pin.stop)):
+                raise ValueError(f"a block between {pin.first} and {pin.stop} is pinned {MOST} times already")
+            for part, end in self._parts(pin.first, pin.stop):
+                old = bytes(part)
+                new, fresh = old.translate(_MORE), old.count(0)
+                part[:] = new  # one step from here ...
+                self.blocks += fresh
+                pin.done = end  # ... to here
 
-    def remove(self, first: int, stop: int) -> None:
-        """Take one pin of each block of a range away."""
+    def remove(self, pin: Pin) -> None:
+        """Take one pin of each block of a range away, as far as it was pinned."""
         with self._lock:
-            self._translate(first, stop, _LESS)
-            self.blocks -= sum(bytes(part).count(0) for part in self._parts(first, stop))
+            for part, end in self._parts(pin.first, pin.done):
+                new = bytes(part).translate(_LESS)
+                fewer = new.count(0)
+                part[:] = new  # one step from here ...
+                self.blocks -= fewer
+                pin.first = end  # ... to here
 
-    def _parts(self, first: int, stop: int) -> list[memoryview]:
+    def _parts(self, first: int, stop: int) -> list[tuple[memoryview, int]]:
+        """Return the counts of a range, piece by piece, and where each piece ends."""
         pins = self._ledger.pins
-        return [pins[at : min(at + _STEP, stop)] for at in range(first, stop, _STEP)]
-
-    def _translate(self, first: int, stop: int, table: bytes) -> None:
-        for part in self._parts(first, stop):
-            part[:] = bytes(part).translate(table)
+        ends = [min(at + _STEP, stop) for at in range(first, stop, _STEP)]
+        return [(pins[at:end], end) for at, end in zip(range(first, stop, _STEP), ends, strict=True)]

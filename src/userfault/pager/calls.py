@@ -47,8 +47,7 @@ class _Retired(Call):
 
     def settle(self, answer: Message | None) -> None:
         mapping, self.mapping = self.mapping, None
-        if mapping is not None:
-            mapping.finish()
+        if mapping is not None and mapping.finish():
             mapping.link.closed()
         super().settle(answer)
 

@@ -77,7 +77,7 @@ class Control:
         self.exports = Exports(will["pid"], self._tell_supervisor, self.progress)
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
-        self._progress = False
+        self._progress = self._told = False
         self._listening = True
         self._waits_for_room = False
         """Whether the application has to read before more can be sent."""
@@ -125,6 +125,9 @@ class Control:
     def _look(self, ready: dict[int, int]) -> None:
         if self._bell in ready:
             os.eventfd_read(self._bell)
+            if self._progress and not self._told:
+                self._told = True
+                self._tell_supervisor(Message(wire.PROGRESS))
             while self._made:
                 self._take_on(*self._made.popleft())
         if self.ward.fileno() in ready:
@@ -170,7 +173,7 @@ class Control:
         """Something has been achieved: this worker's death will not count against it. Called by any thread."""
         if not self._progress:
             self._progress = True
-            self._tell_supervisor(Message(wire.PROGRESS))
+            os.eventfd_write(self._bell, 1)  # the socket is the control thread's, and may be changing
 
     def post(self, message: Message) -> None:
         """Send a message to the application, some time soon."""

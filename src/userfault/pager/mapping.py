@@ -56,8 +56,8 @@ class Mapping(mmap.mmap):
     identity: int
     pager: Pager
     link: Link
-    _file: tuple[int, int]
-    """Number and inode of its memfd, which is open until the pager has it."""
+    _file: int = -1
+    """Its memfd, until the pager has it."""
     _owner: int
 
     def begin(
@@ -69,8 +69,8 @@ class Mapping(mmap.mmap):
         budget: int | None,
         retries: RetryPolicy,
         recipe: Recipe,
-    ) -> int:
-        """Put a fresh region in place of the empty memory; return its memfd, for the pager.
+    ) -> None:
+        """Put a fresh region in place of the empty memory. `file` is its memfd, for the pager.
 
         Raises:
             KernelError: naming the call; this object is then to be dropped.
@@ -79,7 +79,7 @@ class Mapping(mmap.mmap):
         self.address, self.length = memory.address_of(self), geometry.length
         layout = Layout(geometry, recipe.length)
         with link.forking:
-            fd = self._create(layout.total)
+            fd = self._file = memfd.create("userfault-region", layout.total)
             _alive.add(self)
         try:
             with naming("pwrite", "the recipe of a store"):
@@ -92,19 +92,20 @@ class Mapping(mmap.mmap):
                 memory.protect(self.address, self.length, _protection(mode))
                 self._owner = os.getpid()
         except BaseException:
-            os.close(fd)
+            self.close_file()
             raise
-        return fd
 
-    def _create(self, size: int) -> int:
-        fd: int = memfd.create("userfault-region", size)
-        try:
-            with naming("fstat"):
-                self._file = fd, os.fstat(fd).st_ino
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+    @property
+    def file(self) -> int:
+        """The memfd, until `close_file`."""
+        return self._file
+
+    def close_file(self) -> None:
+        """The pager has the memfd, or never will; twice is fine."""
+        with link.forking:
+            fd, self._file = self._file, -1
+            if fd >= 0:
+                os.close(fd)
 
     def _write_header(self, mode: str, budget: int | None, retries: RetryPolicy, layout: Layout) -> None:
         words = self.ledger.words
@@ -147,15 +148,18 @@ class Mapping(mmap.mmap):
         """Count the buffers that are exported. Looks at every object of the interpreter: not for a busy path."""
         return sum(type(holder).__name__ == "managedbuffer" for holder in gc.get_referrers(self))
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         """Take the memory away, once the pager has let go of it. The addresses stay ours until this object is gone.
+
+        Returns:
+            Whether it was there.
 
         Raises:
             KernelError: ENOMEM; then nothing has changed.
         """
-        if self._owner != os.getpid():
-            return
         with link.forking:
+            if self._owner != os.getpid():
+                return False
             self._owner = 0
             try:
                 memory.map_memory(self.length, prot=0, flags=_RESERVED | abi.MAP_FIXED, address=self.address)
@@ -166,14 +170,13 @@ class Mapping(mmap.mmap):
                 self.link.uffd.wake(self.address, self.length)
             with contextlib.suppress(KernelError):  # then the end of the ledger lets go of it
                 self.ledger.let_go()
+            self.close_file()
             _alive.discard(self)
+        return True
 
     def leave_in_child(self) -> None:
         """Keep nothing of the parent's in a forked child, and its addresses free of anything else."""
-        fd, inode = self._file
-        with contextlib.suppress(OSError):  # closed, as a rule; or by now something else
-            if os.fstat(fd).st_ino == inode:
-                os.close(fd)
+        self.close_file()
         if not self._owner:  # it was just beginning, and the addresses are reserved as they were; or has ended
             return
         self.ledger.let_go()  # it is shared memory: through it the child would pin, and keep the data alive
