@@ -17,15 +17,14 @@ from userfault.blocks import geometry as units
 from userfault.blocks.geometry import Geometry
 from userfault.blocks.pins import Pin, Pins
 from userfault.blocks.states import BlockState
-from userfault.errors import Error, PagerLostError, RegionClosedError, StoreError
+from userfault.errors import PagerLostError, RegionClosedError, StoreError
 from userfault.kernel import process
 from userfault.pager import wire
-from userfault.pager.client import Pager, default_pager
-from userfault.pager.mapping import MODES, Mapping, new_mapping
+from userfault.pager.client import Pager, check_pager
+from userfault.pager.mapping import check_mode, forsake, open_mapping
 from userfault.pager.recipe import Recipe
 from userfault.pager.wire import Message
 from userfault.retry import RetryPolicy, check_retry_policy
-from userfault.shield import to_the_end
 from userfault.stats import RegionStats, read_stats
 from userfault.stores import Store
 from userfault.stores.base import check_store
@@ -77,16 +76,16 @@ class Region:
         self._warns = True
         self._lock = RLock()  # of closing and of making views; a finalizer may run while this thread holds it
         self._store = _check_store(store)
-        self._mode = _check_mode(mode)
+        self._mode = check_mode(mode)
         self._geometry = Geometry(store.size, units.check_block_size(block_size))
         self._chooses_budget = budget is None
         self._budget = self._choose_budget(budget)
         self._retry_policy = check_retry_policy(retry_policy)
         recipe = Recipe(store)
-        self._pager = _check_pager(pager)
+        self._pager = check_pager(pager)
         self._link = self._pager.link
         self._link.check()
-        self._map = self._open(recipe)
+        self._map = open_mapping(self._pager, self._geometry, self._mode, self._budget, self._retry_policy, recipe)
         self._pins = Pins(self._map.ledger)
         self._pid = os.getpid()
         self._closed = False
@@ -94,38 +93,8 @@ class Region:
     def _choose_budget(self, budget: str | float | None) -> int | None:
         block_size = self._geometry.block_size
         if budget is None:
-            return max(to_the_end(process.memory_available) // 2, SMALLEST_BUDGET * block_size)
+            return max(process.memory_available() // 2, SMALLEST_BUDGET * block_size)
         return units.check_budget(budget, block_size)
-
-    def _open(self, recipe: Recipe) -> Mapping:
-        """Map the memory and have the pager take it on; leave nothing behind if that fails."""
-        mapping = new_mapping(self._geometry.size, self._mode)
-        to_the_end(lambda: self._begin(mapping, recipe))
-        try:  # whatever interrupts from here on, or leaves this half-way: the end of the mapping ends what has begun
-            self._link.request(Message(wire.OPEN, region=mapping.identity, fds=(mapping.file,)))
-        except BaseException:
-            self._forsake(mapping)
-            raise
-        mapping.close_file()
-        return mapping
-
-    def _begin(self, mapping: Mapping, recipe: Recipe) -> None:
-        identity = self._link.calls.next_id()
-        self._link.opened()
-        try:
-            mapping.begin(self._pager, identity, self._geometry, self._mode, self._budget, self._retry_policy, recipe)
-        except BaseException:
-            self._link.closed()
-            raise
-
-    def _forsake(self, mapping: Mapping) -> None:
-        with contextlib.suppress(Error):
-            self._link.request(Message(wire.CLOSE, region=mapping.identity))
-        to_the_end(lambda: self._finish(mapping))
-
-    def _finish(self, mapping: Mapping) -> None:
-        if mapping.finish():
-            self._link.closed()
 
     # -- what it is ------------------------------------------------------------------------------------------
 
@@ -343,7 +312,7 @@ class Region:
                     "a view of the region's memory is alive; delete it, or release() the memoryview, first"
                 )
             self._closed = True  # no view is made from now on
-        self._forsake(self._map)
+        forsake(self._map)
         self._map.close()
 
     def _ask(self, message: Message) -> Message:
@@ -375,7 +344,7 @@ class Region:
             if self._closed:
                 return
             self._closed = True
-        self._forsake(self._map)
+        forsake(self._map)
 
     def owned_by_views(self) -> None:
         """Let the region end with its last view, as `numpy.memmap` does; to forget it is then no mistake."""
@@ -436,19 +405,3 @@ def _check_store(store: object) -> Store:
             f"store must be a userfault.stores.Store, not {type(store).__name__}; for a path use FileStore(path)"
         )
     return check_store(store)
-
-
-def _check_mode(mode: object) -> str:
-    if mode == "r+":
-        raise ValueError("mode 'r+' would write back, which no store can do yet; 'c' keeps changes in memory")
-    if not isinstance(mode, str) or mode not in MODES:
-        raise ValueError(f"mode must be 'r' or 'c', got {mode!r}")
-    return str(mode)
-
-
-def _check_pager(pager: object) -> Pager:
-    if pager is None:
-        return default_pager()
-    if not isinstance(pager, Pager):
-        raise TypeError(f"pager must be a userfault.Pager, not {type(pager).__name__}")
-    return pager

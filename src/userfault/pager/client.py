@@ -119,6 +119,20 @@ def default_pager() -> Pager:
         return _default
 
 
+def check_pager(pager: object) -> Pager:
+    """Return the pager that a user passed; None stands for the default one.
+
+    Raises:
+        TypeError: if it is none.
+        UnsupportedError, PagerLostError: as `default_pager`.
+    """
+    if pager is None:
+        return default_pager()
+    if not isinstance(pager, Pager):
+        raise TypeError(f"pager must be a userfault.Pager, not {type(pager).__name__}")
+    return pager
+
+
 def _hold_fork() -> None:
     link.forking.acquire()
 

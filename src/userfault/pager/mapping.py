@@ -27,10 +27,12 @@ import weakref
 
 from userfault.blocks import ledger as book
 from userfault.blocks.ledger import Layout, Ledger
-from userfault.errors import KernelError
+from userfault.errors import Error, KernelError
 from userfault.kernel import abi, memfd, memory
 from userfault.kernel.syscalls import naming
-from userfault.pager import link
+from userfault.pager import link, wire
+from userfault.pager.wire import Message
+from userfault.shield import to_the_end
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -189,6 +191,69 @@ class Mapping(mmap.mmap):
     def __del__(self) -> None:
         if getattr(self, "_owner", 0) == os.getpid():
             self.link.calls.retire(self)  # which holds it until the pager has answered
+
+
+def check_mode(mode: object) -> str:
+    """Return the mode that a user passed.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if mode == "r+":
+        raise ValueError("mode 'r+' would write back, which no store can do yet; 'c' keeps changes in memory")
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f"mode must be 'r' or 'c', got {mode!r}")
+    return str(mode)
+
+
+def open_mapping(
+    pager: Pager, geometry: Geometry, mode: str, budget: int | None, retries: RetryPolicy, recipe: Recipe
+) -> Mapping:
+    """Map the memory of a region and have the pager take it on; leave nothing behind if that fails.
+
+    Raises:
+        KernelError: naming the call.
+        StoreError, PagerLostError: as the pager answers.
+    """
+    mapping = new_mapping(geometry.size, mode)
+    to_the_end(lambda: _begin(mapping, pager, geometry, mode, budget, retries, recipe))
+    try:  # whatever interrupts from here on, or leaves this half-way: the end of the mapping ends what has begun
+        pager.link.request(Message(wire.OPEN, region=mapping.identity, fds=(mapping.file,)))
+    except BaseException:
+        forsake(mapping)
+        raise
+    mapping.close_file()
+    return mapping
+
+
+def _begin(
+    mapping: Mapping,
+    pager: Pager,
+    geometry: Geometry,
+    mode: str,
+    budget: int | None,
+    retries: RetryPolicy,
+    recipe: Recipe,
+) -> None:
+    identity = pager.link.calls.next_id()
+    pager.link.opened()
+    try:
+        mapping.begin(pager, identity, geometry, mode, budget, retries, recipe)
+    except BaseException:
+        pager.link.closed()
+        raise
+
+
+def forsake(mapping: Mapping) -> None:
+    """End a region: the pager lets go of it, then its memory is taken away."""
+    with contextlib.suppress(Error):
+        mapping.link.request(Message(wire.CLOSE, region=mapping.identity))
+    to_the_end(lambda: _finish(mapping))
+
+
+def _finish(mapping: Mapping) -> None:
+    if mapping.finish():
+        mapping.link.closed()
 
 
 def _protection(mode: str) -> int:
