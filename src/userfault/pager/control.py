@@ -124,12 +124,13 @@ class Control:
 
     def _look(self, ready: dict[int, int]) -> None:
         if self._bell in ready:
-            os.eventfd_read(self._bell)
-            if self._progress and not self._told:
-                self._told = True
-                self._tell_supervisor(Message(wire.PROGRESS))
-            while self._made:
-                self._take_on(*self._made.popleft())
+            with contextlib.suppress(OSError):
+                os.eventfd_read(self._bell)
+        if self._progress and not self._told:
+            self._told = True
+            self._tell_supervisor(Message(wire.PROGRESS))
+        while self._made:
+            self._take_on(*self._made.popleft())
         if self.ward.fileno() in ready:
             self._hear_supervisor()
         if self.supervisor in ready:
@@ -173,12 +174,16 @@ class Control:
         """Something has been achieved: this worker's death will not count against it. Called by any thread."""
         if not self._progress:
             self._progress = True
-            os.eventfd_write(self._bell, 1)  # the socket is the control thread's, and may be changing
+            self._ring()  # the socket is the control thread's, and may be changing
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):  # the loop looks twice a second anyway
+            os.eventfd_write(self._bell, 1)
 
     def post(self, message: Message) -> None:
         """Send a message to the application, some time soon."""
         self._outbox.append(message)
-        os.eventfd_write(self._bell, 1)
+        self._ring()
 
     def _send(self) -> None:
         self._waits_for_room = False
@@ -315,7 +320,7 @@ class Control:
         except BaseException as error:  # noqa: BLE001  # whatever a store's class may do when it is made
             result = failure.plain(error)
         self._made.append((message, result))
-        os.eventfd_write(self._bell, 1)
+        self._ring()
 
     def _take_on(self, message: Message, made: Served | StoreError) -> None:
         """Serve a region whose store has been made, unless it was closed meanwhile."""
