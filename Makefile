@@ -18,11 +18,14 @@ venv: $(STAMP) ## Make the virtual environment .venv with the package (editable)
 demo: $(STAMP) ## Show what the library does, on a 2 GiB array.
 	$(BIN)/userfault demo $(ARGS)
 
-test: $(STAMP) compiler ## Run the test suite; ARGS="-k name" goes to pytest.
-	$(BIN)/python -m pytest $(ARGS)
+# The variable is for the programs that tests start; a pager follows its application (see pager/spawn.py).
+test: $(STAMP) compiler ## Run the test suite in Python's development mode; ARGS="-k name" goes to pytest.
+	PYTHONDEVMODE=1 $(BIN)/python -X dev -m pytest $(ARGS)
 
-soak: $(STAMP) compiler ## Run the long crash and kill tests as well (many minutes).
-	$(BIN)/python -m pytest --soak -o faulthandler_timeout=3600 $(ARGS)
+# Twenty minutes of everything at once; the pager killed whole, a thousand times; deaths between state and kernel call.
+SOAK := tests/crash/test_soak.py tests/crash/test_double_kills.py tests/crash/test_transitions.py
+soak: $(STAMP) compiler ## Kill for half an hour, and print figures; ARGS=tests runs the long form of every test (hours).
+	$(BIN)/python -m pytest --soak -o faulthandler_timeout=7200 $(or $(ARGS),$(SOAK))
 
 bench: $(STAMP) compiler ## Measure fault latency against a C pager and numpy.memmap; results in benchmarks/results.
 	$(BIN)/python benchmarks/fault_latency.py --output benchmarks/results $(ARGS)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from userfault.exported import Exported, UserfaultFD, userfaultfd
+    from userfault.interrupts import interruptible
     from userfault.kernel.capabilities import Capabilities, capabilities
     from userfault.pager import Pager, default_pager
     from userfault.protocol import Piece, Reservation, madvise, remap_anon_pages
@@ -49,6 +50,7 @@ _HOME = {
         "UnsupportedError",
     ),
     "exported": ("Exported", "UserfaultFD", "userfaultfd"),
+    "interrupts": ("interruptible",),
     "kernel.capabilities": ("Capabilities", "capabilities"),
     "pager": ("Pager", "default_pager"),
     "protocol": ("Piece", "Reservation", "madvise", "remap_anon_pages"),
@@ -89,6 +91,7 @@ __all__ = [
     "capabilities",
     "default_pager",
     "errors",
+    "interruptible",
     "kernel",
     "madvise",
     "open_array",

@@ -66,7 +66,8 @@ thread.start()
 import select; poll = select.poll(); poll.register(uffd, 1); poll.poll()
 (event,) = uffd.read()
 assert event.thread_id == thread.native_id
-uffd.copy(page, memory.address_of(b"ok! " * P), P)
+source = b"ok! " * P
+uffd.copy(page, memory.address_of(source), P)
 thread.join()
 print(bytes(buffer))
 print(json.dumps(probe().as_dict()))

@@ -626,7 +626,8 @@ def test_poison_kills_the_toucher_fails_system_calls_and_yields_to_copy(run_chil
             print(error.errno == abi.EHWPOISON)
         uffd.unregister(page, 3 * P)
         uffd.register(page, 3 * P, RegisterMode.MISSING)
-        print(uffd.copy(page, memory.address_of(b"x" * P), P), bytes(memory.view(page, 1)))
+        source = b"x" * P
+        print(uffd.copy(page, memory.address_of(source), P), bytes(memory.view(page, 1)))
         sys.stdout.flush()
         memory.view(page + P, P)[0]
     """)
@@ -666,7 +667,8 @@ def test_the_sigbus_feature_sends_a_signal_instead_of_a_message(run_child: RunCh
             os.write(other, memory.view(page, 8))
         except OSError as error:
             print(errno.errorcode[error.errno], uffd.read())
-        uffd.copy(page, memory.address_of(b"y" * P), P)
+        source = b"y" * P
+        uffd.copy(page, memory.address_of(source), P)
         print(bytes(memory.view(page, 1)), flush=True)
         memory.view(page + P, P)[0]
     """)

@@ -45,7 +45,8 @@ LIMIT = """
     import userfault
     from userfault.protocol import marks
     marks.to_the_end = lambda work: work()  # a thread's stack is mappings too, and comes and goes when it likes
-    limit = int(open("/proc/sys/vm/max_map_count").read())
+    with open("/proc/sys/vm/max_map_count") as file:
+        limit = int(file.read())
 
     def count():
         with open("/proc/self/maps", "rb", 0) as file:

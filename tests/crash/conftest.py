@@ -35,6 +35,7 @@ MARK = "USERFAULT_TEST_MARK"
 SEED = "USERFAULT_CRASH_SEED"
 LIMIT_S = 40.0
 """How long a victim may take, on a busy machine; its watchdog then ends it."""
+PROGRESS_S = 30.0
 QUICK_S = 1.0
 """What the promises call a second."""
 
@@ -43,6 +44,12 @@ class Start(Protocol):
     """Start a victim: a function of a program, with arguments that `ast.literal_eval` reads."""
 
     def __call__(self, program: str, *args: Any, limit: float = ..., prefix: tuple[str, ...] = ...) -> Victim: ...
+
+
+class Report(Protocol):
+    """Keep lines that are printed when all tests are over."""
+
+    def __call__(self, title: str, *lines: str) -> None: ...
 
 
 class Victim:
@@ -149,9 +156,10 @@ class Victim:
         return [pid for pid in self.alive() if pid != self.pid and b"userfault.pager.boot" in _cmdline(pid)]
 
     def role(self, pid: int) -> str:
-        """Return `supervisor` or `worker`."""
-        words = _cmdline(pid).split(b"\0")
-        return words[-3].decode() if len(words) > 3 else ""
+        """Return `supervisor`, `worker` or `trial`; nothing for one that was just spawned and looks like its parent."""
+        command = _cmdline(pid)
+        words = command.split(b"\0")
+        return words[-3].decode() if len(words) > 3 and command != _cmdline(_parent(pid)) else ""
 
     def generation(self, pid: int) -> int:
         """Return what its application has written on it, 0 if nothing."""
@@ -223,6 +231,11 @@ def _cmdline(pid: int) -> bytes:
     return _read(pid, "cmdline")
 
 
+def _parent(pid: int) -> int:
+    words = _read(pid, "stat").rpartition(b")")[2].split()
+    return int(words[1]) if words else 0
+
+
 def _is_marked(pid: int, mark: str) -> bool:
     return f"{MARK}={mark}".encode() in _read(pid, "environ").split(b"\0")
 
@@ -259,6 +272,43 @@ def start() -> Iterator[Start]:
         for victim in victims:
             if victim.process.poll() is not None:
                 victim.wait_until(lambda v=victim: not v.alive(), f"left behind: {victim.alive()}", QUICK_S)  # type: ignore[misc]
+
+
+_reports = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Report:
+    """Have the figures of a long test printed at the end of the run, whatever becomes of the test."""
+    reports = request.config.stash.setdefault(_reports, [])
+
+    def keep(title: str, *lines: str) -> None:
+        reports.extend([title, *(f"    {line}" for line in lines)])
+
+    return keep
+
+
+@pytest.fixture
+def progress(capsys: pytest.CaptureFixture[str], soak: bool) -> Callable[[str], None]:
+    """Tell whoever waits for a long test how far it is; not more than twice a minute, and only in a soak run."""
+    told = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal told
+        if soak and time.monotonic() > told + PROGRESS_S:
+            told = time.monotonic()
+            with capsys.disabled():
+                print(f"\n{text}", end="", flush=True)
+
+    return tell
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the figures."""
+    if reports := config.stash.get(_reports, []):
+        terminalreporter.section("figures")
+        for line in reports:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture

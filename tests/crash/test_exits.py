@@ -10,20 +10,36 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    import random
+
     from tests.crash.conftest import Start
 
 ENDS = {
     "return": 0,
     "exception": 1,
+    "exception in a thread": 0,
     "sys.exit": 0,
+    "sys.exit in a thread": 0,
     "os._exit": 0,
+    "os._exit in a thread": 3,
     "abort": -signal.SIGABRT,
+    "SIGINT": -signal.SIGINT,
     "SIGKILL": -signal.SIGKILL,
     "SIGTERM": -signal.SIGTERM,
     "SIGSEGV": -signal.SIGSEGV,
     "closerange": 0,
 }
-REMAINS = ("exec", "fork, child execs", "fork, parent execs", "fork, child stays")
+REMAINS = (
+    "exec",
+    "exec in a thread",
+    "fork, child execs",
+    "fork, parent execs",
+    "fork, child stays",
+    "daemon",
+)
+AMID = ("slow fault", "hung fault", "fault loop", "system call", "ensure", "prefetch", "opening")
+STARTS = 6
+"""Ends while a pager starts."""
 
 
 def holdings(pid: int) -> list[str]:
@@ -68,3 +84,76 @@ def test_nothing_is_left_when_the_worker_cannot_notice(start: Start, how: str) -
         victim.process.kill()
         victim.process.wait()
         victim.assert_no_pager(within=3)  # a second, and the second that a worker is given to end by itself
+
+
+@pytest.mark.parametrize("how", ["return", "os._exit", "SIGKILL"])
+@pytest.mark.parametrize("what", AMID)
+def test_nothing_is_left_of_what_was_under_way(start: Start, what: str, how: str) -> None:
+    with start("exits.leave_amid", what, how) as victim:
+        _, _, uffd = victim.expect("ready")
+        if what in ("slow fault", "hung fault", "fault loop", "system call"):
+            victim.await_fault(uffd)
+        victim.say()
+        assert victim.end(within=10).status == ENDS[how]
+        victim.assert_no_pager()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("interrupted", [False, True], ids=["", "interrupted"])
+@pytest.mark.parametrize("way", ["touch", "write"])
+def test_a_hung_main_thread_can_be_ended(start: Start, way: str, interrupted: bool, number: signal.Signals) -> None:
+    with start("exits.hang_with_the_gil", way) as victim:
+        _, _, uffd = victim.expect("ready")
+        victim.await_fault(uffd)
+        if interrupted:  # in a system call it spins from now on
+            os.kill(victim.pid, signal.SIGINT)
+        os.kill(victim.pid, number)
+        assert victim.end(within=5).status == -number
+        victim.assert_no_pager()
+
+
+@pytest.mark.parametrize("how", ["os._exit", "SIGKILL", "exec"])
+def test_nothing_is_left_of_a_pager_that_starts(start: Start, how: str, rng: random.Random, soak: bool) -> None:
+    for _ in range(STARTS * (20 if soak else 1)):
+        with start("exits.start_pagers", how, rng.uniform(0, 200)) as victim:
+            victim.expect("ready")
+            victim.say()
+            if how == "exec":
+                victim.expect("stays")
+                victim.expect("settled")
+            else:
+                assert victim.end(within=10).status == ENDS[how]
+            victim.assert_no_pager()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("globals", []),
+        ("cycle", []),
+        ("touch in atexit", ["right"]),
+        ("close in atexit", []),
+        ("open in atexit", ["right"]),
+        ("touch in a finalizer", ["right"]),
+        ("touch in __del__", ["right"]),
+        ("ask in __del__", ["refused"]),
+        ("open in __del__", ["refused"]),
+        ("close in __del__", []),
+    ],
+)
+def test_regions_at_the_end_of_the_interpreter(start: Start, how: str, said: list[str]) -> None:
+    with start("exits.finalize", how) as victim:
+        victim.expect("ready")
+        victim.say()
+        result = victim.end(within=10).check()
+        assert not result.stderr
+        assert result.stdout.split()[1:] == said
+        victim.assert_no_pager()
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2", "01", "12", "012"])
+def test_standard_streams_may_be_closed(start: Start, closed: str) -> None:
+    with start("exits.without_streams", closed) as victim:
+        assert victim.expect("right") == ["True"]
+        victim.end().check()
+        victim.assert_no_pager()

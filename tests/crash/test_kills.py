@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tests.crash.conftest import Start, Victim
 
-KILLS = {"worker": 200, "supervisor": 30, "in turn": 40}
+KILLS = {"worker": 60, "supervisor": 30, "in turn": 40}
 SOAK = 10
 """How many times as often in a soak run."""
 EARLY = 0.15

@@ -22,6 +22,7 @@ _LEVELS = {
     "blocks": 2,
     "pager": 3,
     "retry": 2,
+    "interrupts": 2,
     "stats": 4,
     "region": 5,
     "exported": 5,

@@ -12,6 +12,9 @@ Some facts
   mapping at once, with zeros.  So the memfd is mapped inaccessible first, then registered, then opened.
 * When a range leaves userfaultfd its holes read as zeros.  So at the end inaccessible memory is mapped over the range,
   in one step, and only then are those woken who may still wait there: they meet SIGSEGV, never a zero.
+* A signal handler may raise at the first step of any function of Python, before its first line: in a `__del__` the
+  object would be gone, and its addresses with it, while the pager still fills them.  So `__del__` is none: merely to
+  look it up puts the object aside, in C, and gives a function that sees to whatever was put aside, now or next time.
 * `MADV_DONTFORK`: a child does not inherit the range.  But it inherits the Python object, which will one day unmap
   those addresses, whatever the child has there by then.  So in the child they are reserved right after the fork.
 """
@@ -23,7 +26,10 @@ import errno
 import gc
 import mmap
 import os
+import sys
 import weakref
+from collections import defaultdict
+from itertools import repeat
 
 from userfault.blocks import ledger as book
 from userfault.blocks.ledger import Layout, Ledger
@@ -36,6 +42,8 @@ from userfault.shield import to_the_end
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from userfault.blocks.geometry import Geometry
     from userfault.kernel.userfaultfd import Userfaultfd
     from userfault.pager.client import Pager
@@ -188,9 +196,26 @@ class Mapping(mmap.mmap):
         except KernelError:  # taken within microseconds of the fork: then the object must never unmap them
             _taken.append(self)
 
-    def __del__(self) -> None:
+    def retire(self) -> None:
+        """End the region, unless it has ended or never begun: nobody holds it any more."""
         if getattr(self, "_owner", 0) == os.getpid():
             self.link.calls.retire(self)  # which holds it until the pager has answered
+
+
+def _retire_forgotten(is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+    """End what was put aside. At the end of the interpreter the pager does that, when this process is gone."""
+    if not is_finalizing():
+        to_the_end(_retire_each)
+
+
+def _retire_each() -> None:
+    while _forgotten:
+        with contextlib.suppress(KeyError):  # another thread may be quicker
+            _forgotten.popitem()[0].retire()
+
+
+_forgotten: defaultdict[Mapping, Callable[[], None]] = defaultdict(repeat(_retire_forgotten).__next__)
+Mapping.__del__ = property(_forgotten.__getitem__)  # type: ignore[attr-defined]  # see the facts above
 
 
 def check_mode(mode: object) -> str:
@@ -215,6 +240,8 @@ def open_mapping(
         KernelError: naming the call.
         StoreError, PagerLostError: as the pager answers.
     """
+    if _forgotten:
+        _retire_forgotten()
     mapping = new_mapping(geometry.size, mode)
     to_the_end(lambda: _begin(mapping, pager, geometry, mode, budget, retries, recipe))
     try:  # whatever interrupts from here on, or leaves this half-way: the end of the mapping ends what has begun

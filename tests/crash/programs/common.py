@@ -51,8 +51,8 @@ def introduce(region: userfault.Region) -> None:
 
 def ones(length: int) -> int:
     """Return a descriptor of a file of bytes that are never zero."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the victim
-    fd = os.dup(file.fileno())
+    with tempfile.TemporaryFile() as file:
+        fd = os.dup(file.fileno())
     os.pwrite(fd, b"\x01" * length, 0)
     return fd
 

@@ -164,6 +164,9 @@ def use_their_addresses(drop: bool) -> None:
 
     say("child", in_child(live_there))
     say("parent", all(map(right, regions)))
+    views.clear()
+    for region in regions:
+        region.close()
 
 
 def exit_the_long_way() -> None:
