@@ -7,6 +7,7 @@ victim that hangs is seen to hang.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import signal
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.crash.conftest import Victim
 
@@ -63,6 +64,20 @@ class Pulse:
     def start_over(self) -> None:
         """The victim has begun only now."""
         self._since = [time.monotonic()] * len(self._since)
+
+    @contextlib.contextmanager
+    def held(self, wait: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
+        """Hold the file's lock, with which the victim keeps its own crashes apart from deaths of the supervisor."""
+
+        def lock() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            return False
+
+        with self._path.open("rb") as file:
+            wait(lock)
+            yield
 
 
 class Killer:
@@ -129,7 +144,8 @@ class Killer:
         self.kills.append(self._kill("worker"))
 
     def kill_supervisor(self) -> None:
-        self._kill("supervisor")
+        with self.pulse.held(self._wait):
+            self._kill("supervisor")
         self.counts["supervisor kills"] += 1
 
     def _kill(self, role: str) -> float:
@@ -140,8 +156,16 @@ class Killer:
         self._wait_for_another(role, pid)
         return killed
 
-    def stop(self, role: str) -> None:
-        """Stop a process; its fellow notices, and replaces it, unless it goes on before: who is spoken to does."""
+    def stop_worker(self) -> None:
+        """Stop a worker; the supervisor notices, and replaces it."""
+        self._stop("worker")
+
+    def stop_supervisor(self) -> None:
+        """Stop a supervisor; the worker notices, and replaces it, or says something, and that wakes it."""
+        with self.pulse.held(self._wait):
+            self._stop("supervisor")
+
+    def _stop(self, role: str) -> None:
         pid = self.find(role)
         os.kill(pid, signal.SIGSTOP)
         self.counts[f"{role}s stopped"] += 1

@@ -96,19 +96,19 @@ class Cgroup:
 
 def new_cgroup() -> Cgroup:
     """Make one, or skip."""
-    why = "no memory cgroup is mounted"
+    why = []
     tops = {version: folder for folder, version in process.memory_cgroups()}  # the last of each is the mount
     for version, folder in tops.items():
         try:
             made = Cgroup(folder, version)
         except OSError as error:
-            why = f"{folder}: {error.strerror}"
+            why.append(f"{folder}: {error.strerror}; run the tests as root of the machine")
             continue
         if (made.folder / ("memory.max" if version == 2 else "memory.limit_in_bytes")).exists():
             return made
         made.folder.rmdir()
-        why = f"{folder}/cgroup.subtree_control does not have 'memory': echo +memory into it"
-    pytest.skip(f"no memory cgroup can be made ({why}); run the tests as root of the machine")
+        why.append(f"{folder}: no memory controller; echo +memory >cgroup.subtree_control there")
+    pytest.skip("no memory cgroup can be made: " + ("; or ".join(why) or "none is mounted"))
 
 
 @pytest.fixture

@@ -55,8 +55,8 @@ class Executor:
         self.actions: dict[str, Callable[[], None]] = {
             "kill worker": killer.kill_worker,
             "kill supervisor": self.kill_supervisor,
-            "stop worker": lambda: killer.stop("worker"),
-            "stop supervisor": lambda: killer.stop("supervisor"),
+            "stop worker": killer.stop_worker,
+            "stop supervisor": killer.stop_supervisor,
             "hold up": killer.hold_up,
         }
 

@@ -51,9 +51,9 @@ def test_anything_but_a_policy_is_refused() -> None:
 
 @given(
     attempts=st.integers(1, 1000),
-    backoff=st.floats(0, 1e6),
-    longest=st.floats(0, 1e6),
-    jitter=st.floats(0, 1),
+    backoff=st.integers(0, 10**12).map(lambda n: n / 1e6),
+    longest=st.integers(0, 10**12).map(lambda n: n / 1e6),
+    jitter=st.integers(0, 10**6).map(lambda n: n / 1e6),
     failed=st.integers(1, 2000),
 )
 def test_a_pause_is_what_the_policy_says(

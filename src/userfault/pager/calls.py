@@ -10,7 +10,7 @@ import itertools
 import socket
 from collections import deque
 
-from userfault.errors import PagerLostError
+from userfault.errors import KernelError, PagerLostError
 from userfault.latch import Latch
 from userfault.pager import wire
 from userfault.pager.wire import Message
@@ -71,6 +71,7 @@ class Calls:
         """Send a request.
 
         Raises:
+            KernelError: if there is no memory for it.
             PagerLostError: if the socket does not take it.
         """
         message.id = self.next_id()
@@ -80,6 +81,8 @@ class Calls:
             wire.deliver(self._control, message)
         except OSError as error:
             self._waiting.pop(message.id, None)
+            if error.errno in wire.NO_MEMORY:
+                raise KernelError(error.errno or 0, "sendmsg", "a request to the pager") from error
             raise PagerLostError(f"the pager's socket failed: {error}") from error
         except BaseException:  # Ctrl-C
             self._waiting.pop(message.id, None)

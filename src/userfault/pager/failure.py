@@ -61,6 +61,7 @@ def name_of(store: Store) -> str:
 
 def report(text: str) -> None:
     """Write a line to standard error if somebody takes it without delay. Never raises."""
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)  # a store's words, on a terminal
     poll = select.poll()
     poll.register(2, select.POLLOUT)
     try:

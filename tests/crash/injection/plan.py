@@ -88,6 +88,15 @@ def each_once(rehearsal: Rehearsal, rng: random.Random) -> Iterator[Step]:
             yield scene, fresh, Failure(role, entry.label, rng.choice(entry.errnos), nth)
 
 
+def elsewhere(rehearsal: Rehearsal, tally: Tally) -> Iterator[Step]:
+    """Yield, for each call that has not failed in a role, every scene that has made it; time does not repeat itself."""
+    for entry in CALLS.values():
+        for role in entry.roles if entry.errnos else ():
+            if (entry.label, role) not in tally.outcomes:
+                for scene, fresh in rehearsal.made.get((role, entry.label), {}):
+                    yield scene, fresh, Failure(role, entry.label, entry.errnos[0], 1)
+
+
 def all_ways(rehearsal: Rehearsal, rng: random.Random) -> Iterator[Step]:
     """Yield scenes in which each call fails in each role in each of its ways: first, last, in the middle, anywhere."""
     for entry in CALLS.values():

@@ -94,12 +94,14 @@ class Errands:
             self._tally.complain("a program did not say that it is well")
 
     def _crash(self) -> None:
-        """Read from a store that ends its worker once."""
+        """Read from a store that ends its worker once; not while the test kills the supervisor: that would be both."""
         once = os.path.join(self._folder, f"crashed.{self._number}")
         block = self._rng.randrange(8)
         store = CrashingStore(SIZE, self._rng.choice(("exit", "kill")), (block * BLOCK,), once)
-        with peace(self._folder), userfault.Region(store, "c", BLOCK) as region:
-            got = bytes(region.memory)
+        with open(os.path.join(self._folder, "pulse"), "rb") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            with userfault.Region(store, "c", BLOCK) as region:
+                got = bytes(region.memory)
         if got != store.expected(0, SIZE):
             self._tally.complain(f"a store that crashed once: {got.count(0)} zeros")
         if not os.path.exists(once):
