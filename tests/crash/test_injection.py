@@ -29,8 +29,20 @@ AGAIN = "USERFAULT_INJECTION"
 STAGES = 2
 """How many play at once: whoever asks for leave, and whoever gives it, take turns on a core."""
 BEFORE = """
-export|application|userfaultfd|ENOSYS|2
 export|application|mmap(memfd)|EPERM|1
+export|application|recvmsg|ENOMEM|3
+export|application|userfaultfd|ENOSYS|2
+export|worker|epoll_ctl|ENOSPC|1
+files|worker|sendmsg|ENOMEM|9
+first|application|fcntl(F_SETOWN_EX)|EPERM|1
+first|application|sendmsg|EAGAIN|3
+first|application|write(memfd)|ENOSPC|1
+first|supervisor|sendmsg|ENOMEM|1
+kernel|application|msync|EIO|1
+kill_supervisor|worker|socketpair|EMFILE|1
+kill_worker|supervisor|socketpair|ENFILE|1
+others|worker|ioctl(UFFDIO_WRITEPROTECT)|EINTR|1
+stop_worker|supervisor|poll|ENOMEM|7
 """
 """What went wrong once."""
 

@@ -27,13 +27,14 @@ import gc
 import mmap
 import os
 import sys
+import time
 import weakref
 from collections import defaultdict
 from itertools import repeat
 
 from userfault.blocks import ledger as book
 from userfault.blocks.ledger import Layout, Ledger
-from userfault.errors import Error, KernelError
+from userfault.errors import KernelError, PagerLostError, StoreError
 from userfault.kernel import abi, memfd, memory
 from userfault.kernel.syscalls import naming
 from userfault.pager import link, wire
@@ -272,10 +273,28 @@ def _begin(
 
 
 def forsake(mapping: Mapping) -> None:
-    """End a region: the pager lets go of it, then its memory is taken away."""
-    with contextlib.suppress(Error):
-        mapping.link.request(Message(wire.CLOSE, region=mapping.identity))
+    """End a region: the pager lets go of it, then its memory is taken away.
+
+    Raises:
+        KernelError, PagerLostError: if the pager lives and cannot be told. Then the memory stays: were its addresses
+            given to another region, the worker would take its faults for those of this one.
+    """
+    with contextlib.suppress(StoreError):
+        _have_closed(mapping)
     to_the_end(lambda: _finish(mapping))
+
+
+def _have_closed(mapping: Mapping) -> None:
+    for attempt in range(wire.TRIES):
+        try:
+            mapping.link.request(Message(wire.CLOSE, region=mapping.identity))
+            return
+        except (KernelError, PagerLostError):
+            if mapping.link.lost or sys.is_finalizing():  # then nobody serves it any more, or will have the addresses
+                return
+            if attempt == wire.TRIES - 1:
+                raise
+        time.sleep(0.001 * 2**attempt)
 
 
 def _finish(mapping: Mapping) -> None:
