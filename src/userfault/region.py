@@ -25,6 +25,7 @@ from userfault.pager.mapping import check_mode, forsake, open_mapping
 from userfault.pager.recipe import Recipe
 from userfault.pager.wire import Message
 from userfault.retry import RetryPolicy, check_retry_policy
+from userfault.shield import to_the_end
 from userfault.stats import RegionStats, read_stats
 from userfault.stores import Store
 from userfault.stores.base import check_store
@@ -93,7 +94,8 @@ class Region:
     def _choose_budget(self, budget: str | float | None) -> int | None:
         block_size = self._geometry.block_size
         if budget is None:
-            return max(process.memory_available() // 2, SMALLEST_BUDGET * block_size)
+            available: int = to_the_end(process.memory_available)  # which opens files of /proc
+            return max(available // 2, SMALLEST_BUDGET * block_size)
         return units.check_budget(budget, block_size)
 
     # -- what it is ------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ REMAINS = (
     "daemon",
 )
 AMID = ("slow fault", "hung fault", "fault loop", "system call", "ensure", "prefetch", "opening")
-STARTS = 6
+STARTS = 3
 """Ends while a pager starts."""
 
 
@@ -86,7 +86,7 @@ def test_nothing_is_left_when_the_worker_cannot_notice(start: Start, how: str) -
         victim.assert_no_pager(within=3)  # a second, and the second that a worker is given to end by itself
 
 
-@pytest.mark.parametrize("how", ["return", "os._exit", "SIGKILL"])
+@pytest.mark.parametrize("how", ["return", "SIGKILL"])
 @pytest.mark.parametrize("what", AMID)
 def test_nothing_is_left_of_what_was_under_way(start: Start, what: str, how: str) -> None:
     with start("exits.leave_amid", what, how) as victim:
@@ -151,7 +151,7 @@ def test_regions_at_the_end_of_the_interpreter(start: Start, how: str, said: lis
         victim.assert_no_pager()
 
 
-@pytest.mark.parametrize("closed", ["0", "1", "2", "01", "12", "012"])
+@pytest.mark.parametrize("closed", ["0", "12", "012"])
 def test_standard_streams_may_be_closed(start: Start, closed: str) -> None:
     with start("exits.without_streams", closed) as victim:
         assert victim.expect("right") == ["True"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,4 +85,76 @@ def test_multiprocessing(start: Start, method: str) -> None:
     with start("forks.pool", method) as victim:
         assert victim.expect("pool") == ["True"]
         assert victim.expect("parent") == ["True", 0]
+        victim.end().check()
+
+
+@pytest.mark.parametrize("kill_every", [0.0, 0.2], ids=["", "workers are killed"])
+def test_forking_while_regions_come_and_go(start: Start, kill_every: float, soak: bool) -> None:
+    with start("storms.forks", 300 if soak else 8, kill_every, limit=120.0) as victim:
+        assert victim.expect("storm") == [0, 0, "True", "True"]
+        victim.end().check()
+
+
+def test_forking_in_two_threads_while_pagers_start(start: Start, soak: bool) -> None:
+    number = 100 if soak else 4
+    with start("storms.forks_in_threads", number, limit=120.0) as victim:
+        assert victim.expect("storm") == [0, 0, 2 * number]
+        victim.end().check()
+
+
+def test_other_programs_inherit_nothing(start: Start, soak: bool) -> None:
+    with start("storms.programs", 300 if soak else 9, limit=120.0) as victim:
+        assert victim.expect("programs") == [0, 0]
+        victim.end().check()
+
+
+def test_a_fork_that_python_knows_nothing_of(start: Start) -> None:
+    with start("storms.behind_pythons_back") as victim:
+        (pid,) = victim.expect("stays")
+        victim.say()
+        assert victim.expect("parent") == ["True"]
+        victim.end().check()
+        victim.assert_no_pager()
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)], ids=str)
+def test_generations_end_in_any_order(start: Start, order: tuple[int, ...]) -> None:
+    with start("storms.family") as victim:
+        members = {}
+        for _ in range(3):
+            number, *pids = victim.expect("ready")
+            members[number] = pids
+        for number in order:
+            pid, *pagers = members.pop(number)
+            os.kill(pid, signal.SIGKILL)
+            if pid == victim.pid:
+                victim.process.wait()
+            victim.wait_until(lambda gone=pagers: not set(gone) & set(victim.pagers()), "a pager is left behind", 1.0)  # type: ignore[misc]  # bound
+            for left, (other, *its_pagers) in members.items():
+                assert set(its_pagers) <= set(victim.pagers())
+                os.kill(other, signal.SIGUSR1)
+                assert victim.expect("right") == [left, "True"]
+        victim.assert_no_pager()
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_a_child_closes_what_it_inherited(start: Start, how: str) -> None:
+    with start("storms.inherit_and_close", how) as victim:
+        assert victim.expect("child") == [0]
+        assert victim.expect("parent") == ["True", "True", 0]
+        assert not victim.end().check().stderr
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_loader_whose_workers_are_killed(start: Start, method: str, tmp_path: Path, soak: bool) -> None:
+    with start("storms.loader", str(tmp_path / "rows.npy"), method, 40 if soak else 2, limit=120.0) as victim:
+        assert victim.expect("loader") == [0, "True"]
+        victim.end().check()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_executors_whose_processes_die(start: Start, method: str, tmp_path: Path) -> None:
+    with start("storms.executors", str(tmp_path / "rows.npy"), method) as victim:
+        assert victim.expect("executors") == ["True", 2, 0, "True"]
         victim.end().check()

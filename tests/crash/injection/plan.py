@@ -56,7 +56,7 @@ class Rehearsal:
         return [
             f"{role}: {label}, in {sorted({scene for scene, _ in where})}"
             for (role, label), where in sorted(self.made.items())
-            if (role, label) != (APPLICATION, PYTHONS) and (label not in CALLS or role not in CALLS[label].roles)
+            if (role, label) not in AT_TIMES and (label not in CALLS or role not in CALLS[label].roles)
         ]
 
     def missing(self) -> list[str]:
@@ -65,13 +65,23 @@ class Rehearsal:
             f"{role}: {entry.label}"
             for entry in CALLS.values()
             for role in entry.roles
-            if (role, entry.label) not in self.made
+            if (role, entry.label) not in self.made and (role, entry.label) not in AT_TIMES
         ]
 
     def cheapest(self, where: Iterable[tuple[str, bool]]) -> tuple[str, bool]:
         """Return the scene that is played soonest."""
         return min(where, key=lambda one: self.took[one])
 
+
+AT_TIMES = {
+    (APPLICATION, PYTHONS),
+    (APPLICATION, "clock_nanosleep"),
+    (APPLICATION, "write(standard error)"),
+    ("supervisor", "clock_nanosleep"),
+    ("supervisor", "lseek(SEEK_DATA)"),
+    ("supervisor", "lseek(SEEK_HOLE)"),
+}
+"""Calls that are made only when the machine is slow, or something else has failed before: neither promised nor new."""
 
 Step: TypeAlias = "tuple[str, bool, Failure]"
 """A scene, whether with a fresh pager, and what fails in it."""
@@ -88,13 +98,11 @@ def each_once(rehearsal: Rehearsal, rng: random.Random) -> Iterator[Step]:
             yield scene, fresh, Failure(role, entry.label, rng.choice(entry.errnos), nth)
 
 
-def elsewhere(rehearsal: Rehearsal, tally: Tally) -> Iterator[Step]:
-    """Yield, for each call that has not failed in a role, every scene that has made it; time does not repeat itself."""
-    for entry in CALLS.values():
-        for role in entry.roles if entry.errnos else ():
-            if (entry.label, role) not in tally.outcomes:
-                for scene, fresh in rehearsal.made.get((role, entry.label), {}):
-                    yield scene, fresh, Failure(role, entry.label, entry.errnos[0], 1)
+def elsewhere(rehearsal: Rehearsal, failures: Iterable[Failure]) -> Iterator[Step]:
+    """Yield, for each call that was not reached, every scene that has made it; time does not repeat itself."""
+    for failure in failures:
+        for scene, fresh in rehearsal.made[failure.role, failure.label]:
+            yield scene, fresh, failure._replace(nth=1)
 
 
 def all_ways(rehearsal: Rehearsal, rng: random.Random) -> Iterator[Step]:
@@ -147,14 +155,9 @@ class Tally:
             self.wrong.append("\n".join([f"{scene}: {failure}", *wrong, played.complaints]))
         self.outcomes[failure.label, failure.role][outcome] += 1
 
-    def unreached(self) -> list[str]:
-        """Return the calls of the list that have not failed, in a role."""
-        return [
-            f"{role}: {entry.label}"
-            for entry in CALLS.values()
-            for role in entry.roles
-            if entry.errnos and (entry.label, role) not in self.outcomes
-        ]
+    def unreached(self, steps: Iterable[Step]) -> list[Failure]:
+        """Return what should have failed and has not: no such call in that role."""
+        return [failure for _, _, failure in steps if (failure.label, failure.role) not in self.outcomes]
 
     def table(self) -> str:
         """Return what came of it, a line for each call and role."""
