@@ -180,6 +180,10 @@ class Hammer:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except AlarmError:
             return False
+        except BufferError as error:  # what was raised may hold a view, when the region is left because of it
+            if not isinstance(error.__context__, AlarmError):
+                raise
+            return False
         return True
 
 
