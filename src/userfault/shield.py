@@ -11,6 +11,7 @@ to claim the work does it, the thread or, after a while, the one who waits for i
 
 from __future__ import annotations
 
+import sys
 import threading
 from _thread import allocate_lock, get_ident, start_new_thread
 
@@ -55,7 +56,7 @@ def to_the_end(work: Callable[[], T]) -> T:
     Raises:
         Whatever the work raises.
     """
-    if get_ident() != threading.main_thread().ident:
+    if get_ident() != threading.main_thread().ident or sys.is_finalizing():  # then no thread begins any more
         return work()
     job = _Work(work)
     raised: BaseException | None = None

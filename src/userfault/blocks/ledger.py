@@ -17,6 +17,7 @@ so a pinned block is never dropped, and pins survive any number of workers.
 
 from __future__ import annotations
 
+import mmap
 import os
 from bisect import bisect_left
 
@@ -25,6 +26,7 @@ from userfault.blocks.errors import ErrorLog
 from userfault.blocks.geometry import PAGE_SIZE, Geometry, round_up
 from userfault.blocks.states import BlockState
 from userfault.kernel import abi, memfd, memory
+from userfault.kernel.syscalls import naming
 
 MAGIC = 0x31544C5541464655  # "UFFAULT1" would need a ninth byte; any constant does
 READ_ONLY, COPY_ON_WRITE = 0, 1
@@ -100,7 +102,8 @@ class Ledger:
     """A mapping of everything behind the data of a region's memfd.
 
     `states`, `pins` and `notes` are memoryviews of bytes, `words` of 64-bit words, `recipe` of the store's recipe.
-    They are good until this object is gone; they do not keep it alive.
+    The mapping ends with the last of them, as that of any `mmap` object.  A `__del__` would come too early: a garbage
+    collector that has found a cycle calls all of them at once, and a finalizer of somebody else's may use the region.
     """
 
     __slots__ = ("_address", "_length", "errors", "geometry", "notes", "pins", "recipe", "states", "words")
@@ -108,9 +111,13 @@ class Ledger:
     def __init__(self, fd: int, layout: Layout) -> None:
         self.geometry = layout.geometry
         self._length = layout.total - layout.states
-        self._address = memory.map_memory(self._length, fd=fd, offset=layout.states)
+        with naming("mmap", f"{self._length} bytes for a ledger"):
+            reserved = mmap.mmap(-1, self._length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | abi.MAP_NORESERVE)
+        self._address = memory.address_of(reserved)
+        over = mmap.MAP_SHARED | abi.MAP_FIXED  # an `mmap` object of a file would keep a descriptor
+        memory.map_memory(self._length, fd=fd, offset=layout.states, flags=over, address=self._address)
         memory.advise(self._address, self._length, abi.MADV_DONTDUMP)
-        whole = memory.view(self._address, self._length)
+        whole = memoryview(reserved)
         base = layout.states
         self.states = whole[: layout.geometry.blocks]
         self.pins = whole[layout.pins - base :][: layout.geometry.blocks]
@@ -143,11 +150,6 @@ class Ledger:
         """Let go of the memfd: zeros take its place, so that a thread which is just using a view meets those."""
         flags = memory.MAP_PRIVATE | memory.MAP_ANONYMOUS | abi.MAP_NORESERVE | abi.MAP_FIXED
         memory.map_memory(self._length, flags=flags, address=self._address)
-
-    def __del__(self) -> None:
-        address, self._address = getattr(self, "_address", 0), 0
-        if address:
-            memory.unmap(address, self._length)
 
     def occupied(self, fd: int) -> list[tuple[int, int]]:
         """Runs of blocks `(first, stop)` whose state bytes have ever been written; reads no page that is not there."""
