@@ -8,7 +8,7 @@ import weakref
 from threading import Lock, RLock
 
 from userfault.errors import Error, KernelError
-from userfault.pager import link, logs
+from userfault.pager import link, logs, mapping
 from userfault.pager.link import Link
 
 TYPE_CHECKING = False
@@ -80,6 +80,7 @@ class Pager:
         Raises:
             Error: if regions are open; nothing is changed then.
         """
+        mapping.end_lost()
         if not self.closed and self._link.open_regions:
             raise Error(f"{self._link.open_regions} regions are open on this pager; close them first")
         if self._finalizer.detach():

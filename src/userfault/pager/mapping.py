@@ -12,9 +12,9 @@ Some facts
   mapping at once, with zeros.  So the memfd is mapped inaccessible first, then registered, then opened.
 * When a range leaves userfaultfd its holes read as zeros.  So at the end inaccessible memory is mapped over the range,
   in one step, and only then are those woken who may still wait there: they meet SIGSEGV, never a zero.
-* A signal handler may raise at the first step of any function of Python, before its first line: in a `__del__` the
-  object would be gone, and its addresses with it, while the pager still fills them.  So `__del__` is none: merely to
-  look it up puts the object aside, in C, and gives a function that sees to whatever was put aside, now or next time.
+* A signal handler may raise at the first step of any function of Python, before its first line.  If that is `__del__`
+  the object goes, and its addresses with it, while the worker still serves the region.  Nobody else must be served at
+  those addresses; so whatever has gone like that is ended before another region opens.
 * `MADV_DONTFORK`: a child does not inherit the range.  But it inherits the Python object, which will one day unmap
   those addresses, whatever the child has there by then.  So in the child they are reserved right after the fork.
 """
@@ -29,12 +29,10 @@ import os
 import sys
 import time
 import weakref
-from collections import defaultdict
-from itertools import repeat
 
 from userfault.blocks import ledger as book
 from userfault.blocks.ledger import Layout, Ledger
-from userfault.errors import KernelError, PagerLostError, StoreError
+from userfault.errors import Error, KernelError, PagerLostError, StoreError
 from userfault.kernel import abi, memfd, memory
 from userfault.kernel.syscalls import naming
 from userfault.pager import link, wire
@@ -43,8 +41,6 @@ from userfault.shield import to_the_end
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from userfault.blocks.geometry import Geometry
     from userfault.kernel.userfaultfd import Userfaultfd
     from userfault.pager.client import Pager
@@ -56,6 +52,10 @@ MODES = {"r": book.READ_ONLY, "c": book.COPY_ON_WRITE}
 _RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | abi.MAP_NORESERVE
 
 _alive: weakref.WeakSet[Mapping] = weakref.WeakSet()
+_open: dict[weakref.ref[Mapping], tuple[Link, int]] = {}
+"""Regions that the pager serves, as far as is known here: on which link, and by which name."""
+_lost: list[weakref.ref[Mapping]] = []
+"""Those of them whose memory has gone without a word to the pager."""
 
 
 class Mapping(mmap.mmap):
@@ -70,6 +70,8 @@ class Mapping(mmap.mmap):
     _file: int = -1
     """Its memfd, until the pager has it."""
     _owner: int
+    _tie: weakref.ref[Mapping]
+    """What `_open` knows it by."""
 
     def begin(
         self,
@@ -101,6 +103,8 @@ class Mapping(mmap.mmap):
                 self._cover(fd)
                 self._register(self.link.uffd, mode)
                 memory.protect(self.address, self.length, _protection(mode))
+                self._tie = weakref.ref(self, _lost.append)
+                _open[self._tie] = self.link, self.identity
                 self._owner = os.getpid()
         except BaseException:
             self.close_file()
@@ -183,6 +187,7 @@ class Mapping(mmap.mmap):
                 self.ledger.let_go()
             self.close_file()
             _alive.discard(self)
+            _open.pop(self._tie, None)
         return True
 
     def leave_in_child(self) -> None:
@@ -197,26 +202,24 @@ class Mapping(mmap.mmap):
         except KernelError:  # taken within microseconds of the fork: then the object must never unmap them
             _taken.append(self)
 
-    def retire(self) -> None:
-        """End the region, unless it has ended or never begun: nobody holds it any more."""
-        if getattr(self, "_owner", 0) == os.getpid():
-            self.link.calls.retire(self)  # which holds it until the pager has answered
+    def __del__(self) -> None:
+        if getattr(self, "_owner", 0) == os.getpid() and not sys.is_finalizing():  # then the pager ends anyway
+            to_the_end(lambda: self.link.calls.retire(self))  # which holds it until the pager has answered
 
 
-def _retire_forgotten(is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-    """End what was put aside. At the end of the interpreter the pager does that, when this process is gone."""
-    if not is_finalizing():
-        to_the_end(_retire_each)
+def end_lost() -> None:
+    """Tell the pager of regions whose `__del__` was cut short."""
+    if _lost:
+        to_the_end(_end_each)
 
 
-def _retire_each() -> None:
-    while _forgotten:
-        with contextlib.suppress(KeyError):  # another thread may be quicker
-            _forgotten.popitem()[0].retire()
-
-
-_forgotten: defaultdict[Mapping, Callable[[], None]] = defaultdict(repeat(_retire_forgotten).__next__)
-Mapping.__del__ = property(_forgotten.__getitem__)  # type: ignore[attr-defined]  # see the facts above
+def _end_each() -> None:
+    while _lost:
+        with contextlib.suppress(IndexError, KeyError):  # another thread was quicker; or it was a parent's
+            served_by, identity = _open.pop(_lost.pop())
+            with contextlib.suppress(Error):  # then there is no pager
+                served_by.request(Message(wire.CLOSE, region=identity))
+            served_by.closed()
 
 
 def check_mode(mode: object) -> str:
@@ -241,9 +244,8 @@ def open_mapping(
         KernelError: naming the call.
         StoreError, PagerLostError: as the pager answers.
     """
-    if _forgotten:
-        _retire_forgotten()
     mapping = new_mapping(geometry.size, mode)
+    end_lost()  # now: its addresses may be theirs
     to_the_end(lambda: _begin(mapping, pager, geometry, mode, budget, retries, recipe))
     try:  # whatever interrupts from here on, or leaves this half-way: the end of the mapping ends what has begun
         pager.link.request(Message(wire.OPEN, region=mapping.identity, fds=(mapping.file,)))
@@ -323,6 +325,7 @@ def _leave_all_in_child() -> None:
     for mapping in list(_alive):
         mapping.leave_in_child()
     _alive.clear()
+    _open.clear()
 
 
 _taken: list[Mapping] = []
