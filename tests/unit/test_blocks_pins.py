@@ -177,3 +177,21 @@ class PinsMachine(RuleBasedStateMachine):
 
 
 TestPins = PinsMachine.TestCase
+
+
+def test_a_pin_that_is_collected_while_another_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may end a forgotten `with` block in the middle of `add`: nobody waits for himself."""
+    ledger = book_of(8)
+    pins = Pins(ledger)
+    old, new = Pin(2, 5), Pin(3, 6)
+    pins.add(old, MANY)
+    take = pins._add
+
+    def collected(pin: Pin, most: int) -> None:
+        pins.remove(old)
+        take(pin, most)
+
+    monkeypatch.setattr(pins, "_add", collected)
+    pins.add(new, MANY)
+    assert bytes(ledger.pins[:8]) == bytes([0, 0, 0, 1, 1, 1, 0, 0])
+    assert pins.blocks == 3

@@ -11,6 +11,8 @@ interrupted can be taken back, or gone on with.
 
 from __future__ import annotations
 
+from _thread import get_ident
+from collections import deque
 from threading import Lock
 
 TYPE_CHECKING = False
@@ -41,6 +43,9 @@ class Pins:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._lock = Lock()
+        self._owner = 0
+        """The thread that holds the lock."""
+        self._leaving: deque[Pin] = deque()
         self.blocks = 0
         """How many blocks are pinned."""
 
@@ -50,28 +55,57 @@ class Pins:
         Raises:
             ValueError: if that would be more than `most`, or one block more than 255 times. Nothing is changed then.
         """
-        with self._lock:
-            fresh = sum(bytes(part).count(0) for part, _ in self._parts(pin.first, pin.stop))
-            if self.blocks + fresh > most:
-                raise ValueError(f"{self.blocks + fresh} blocks would be pinned at once, and the budget holds {most}")
-            if any(MOST in part for part, _ in self._parts(pin.first, pin.stop)):
-                raise ValueError(f"a block between {pin.first} and {pin.stop} is pinned {MOST} times already")
-            for part, end in self._parts(pin.first, pin.stop):
-                old = bytes(part)
-                new, fresh = old.translate(_MORE), old.count(0)
-                part[:] = new  # one step from here ...
-                self.blocks += fresh
-                pin.done = end  # ... to here
+        me = get_ident()
+        try:
+            with self._lock:
+                self._owner = me
+                try:
+                    self._add(pin, most)
+                finally:
+                    self._owner = 0
+        finally:
+            self._let_go()
+
+    def _add(self, pin: Pin, most: int) -> None:
+        fresh = sum(bytes(part).count(0) for part, _ in self._parts(pin.first, pin.stop))
+        if self.blocks + fresh > most:
+            raise ValueError(f"{self.blocks + fresh} blocks would be pinned at once, and the budget holds {most}")
+        if any(MOST in part for part, _ in self._parts(pin.first, pin.stop)):
+            raise ValueError(f"a block between {pin.first} and {pin.stop} is pinned {MOST} times already")
+        for part, end in self._parts(pin.first, pin.stop):
+            old = bytes(part)
+            new, fresh = old.translate(_MORE), old.count(0)
+            part[:] = new  # one step from here ...
+            self.blocks += fresh
+            pin.done = end  # ... to here
 
     def remove(self, pin: Pin) -> None:
-        """Take one pin of each block of a range away, as far as it was pinned."""
-        with self._lock:
-            for part, end in self._parts(pin.first, pin.done):
-                new = bytes(part).translate(_LESS)
-                fewer = new.count(0)
-                part[:] = new  # one step from here ...
-                self.blocks -= fewer
-                pin.first = end  # ... to here
+        """Take one pin of each block of a range away, as far as it was pinned; twice is fine.
+
+        The garbage collector may call this in the middle of anything, also of `add`: then it is done right after that.
+        """
+        self._leaving.append(pin)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        me = get_ident()
+        while self._leaving and self._owner != me:
+            with self._lock:
+                self._owner = me
+                try:
+                    while self._leaving:
+                        self._remove(self._leaving[0])
+                        self._leaving.popleft()
+                finally:
+                    self._owner = 0
+
+    def _remove(self, pin: Pin) -> None:
+        for part, end in self._parts(pin.first, pin.done):
+            new = bytes(part).translate(_LESS)
+            fewer = new.count(0)
+            part[:] = new  # one step from here ...
+            self.blocks -= fewer
+            pin.first = end  # ... to here
 
     def _parts(self, first: int, stop: int) -> list[tuple[memoryview, int]]:
         """Return the counts of a range, piece by piece, and where each piece ends."""
