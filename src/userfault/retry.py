@@ -20,7 +20,8 @@ class RetryPolicy:
 
     A read that never returns cannot be ended, only abandoned: its thread stays behind until it returns, and what it
     brings then is thrown away.  While many of them hang, further reads fail at once.  The timeout is kept to within
-    half a second.
+    half a second.  A store with `concurrency = 0` is called in the fault loop, where nothing can be abandoned: a block
+    whose read is late fails at the first attempt, and the worker is replaced.
 
     Raises:
         TypeError, ValueError: naming the argument and what it may be.

@@ -167,6 +167,7 @@ class Control:
             cause = f"timeout of {limit / 1e9:g} s, in the fault loop"
             error = StoreError("the read did not return in time", cause=cause)
             region.fail(block, failure.describe(error, region.source.name, offset, length, 1))
+            region.publish(self.loop.placement.cpu)
             self._send()
             os._exit(1)
 
@@ -211,6 +212,8 @@ class Control:
         os.close(own)
 
     def _tell_supervisor(self, message: Message) -> None:
+        if self._alone:  # its successor gets all of this by will
+            return
         try:
             wire.deliver(self.ward, message)
         except BlockingIOError:  # it does not read: see `_patient`
@@ -354,11 +357,13 @@ class Control:
         region = self.regions.pop(message.region, None)
         if region is not None:
             self.loop.remove(region)
-            self._tell_supervisor(Message(wire.DROP, region=region.id))  # a successor must never serve it again
-            region.close((faults.FAULT,))
-            for request in list(self._requests.pop(region.id, [])):
-                request.abandon(failure.encode(StoreError("the region was closed meanwhile")))
-            os.close(region.fd)
+            try:
+                self._tell_supervisor(Message(wire.DROP, region=region.id))  # a successor must never serve it again
+            finally:
+                region.close((faults.FAULT,))
+                for request in list(self._requests.pop(region.id, [])):
+                    request.abandon(failure.encode(StoreError("the region was closed meanwhile")))
+                os.close(region.fd)
         elif message.region in self.exports:
             self.exports.close(message.region)
         self.post(Message(wire.OK, message.id))

@@ -38,9 +38,23 @@ def describe(error: BaseException, store: str, offset: int, length: int, attempt
 
 
 def plain(error: BaseException) -> StoreError:
-    """Return a StoreError that says what any exception says. Never raises."""
+    """Return a StoreError that says what any exception says. Never raises.
+
+    One of a store's own may be of any make: a subclass without fields, a cause that is no text.
+    """
     if isinstance(error, StoreError):
-        return error
+        try:
+            return StoreError(
+                str(error.message),
+                store=str(error.store),
+                offset=int(error.offset),
+                length=int(error.length),
+                attempts=int(error.attempts),
+                cause=str(error.cause),
+                permanent=bool(error.permanent),
+            )
+        except BaseException:  # noqa: BLE001  # see above
+            return StoreError("the store could not be read", cause=f"{type(error).__name__}: {_text(error)}")
     return StoreError("the store could not be read", cause=f"{type(error).__name__}: {_text(error)}")
 
 

@@ -124,7 +124,7 @@ class FaultLoop:
                         region.whole_blocks,
                         region.copy_mode,
                         region.order,
-                        region.source.locate,
+                        self._timed(region) if region.source.may_hang else region.source.locate,
                     )
                     states, claims, waiters = region.states, region.claims, region.waiters
                     bounded, histogram = region.limit < region.geometry.blocks, region.counters.histogram
@@ -193,6 +193,17 @@ class FaultLoop:
             self.placement.flee(now)
             time.sleep(REST_S)  # a limit on the rate at which spinning threads are listened to
 
+    def _timed(self, region: Served) -> Callable[[int, int], int]:
+        """Return the `locate` of a store of the user's own, under the clock of the control thread."""
+
+        def locate(offset: int, length: int) -> int:
+            self.reading = time.perf_counter_ns(), region, offset >> region.shift
+            address = region.source.locate(offset, length)
+            self.reading = None
+            return address
+
+        return locate
+
     def _settle(self, region: Served, block: int) -> None:
         """Let the requests go on that met our claim, which is released already."""
         with region.lock:
@@ -202,12 +213,14 @@ class FaultLoop:
 
     def _demand(self, region: Served, block: int, source: int, start: int) -> None:
         """Bring in a claimed block that takes more than a copy: room first, a computation, or a read that may wait."""
-        self.reading = start, region, block
+        self.reading = time.perf_counter_ns(), region, block  # not `start`: others of its batch were served since
         source = source or region.source.at_hand(block, self._staging)
         error: BaseException | None = None
         if not source and region.source.inline:
             source, error = region.source.read(block, self._staging)
         self.reading = None
+        if error is not None:
+            self._staging = Staging(2 << 20)  # a store may still be writing into the one of an attempt that failed
         if source or error:
             pool_of(region).settle(Work(block, start), error or region.install(block, source))
         else:

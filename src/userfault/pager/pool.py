@@ -143,6 +143,7 @@ class Pool:
             region.counters.record(time.perf_counter_ns() - work.since)
 
     def _put_aside(self, work: Work) -> None:
+        self.region.claims[work.block] = object()  # nobody's: the fault loop's own keeps a region from closing
         due = time.perf_counter_ns() + round(1e9 * self.region.source.retries.pause(work.failed))
         with self._changed:
             heapq.heappush(self._later, (due, next(self._order), work))
@@ -184,6 +185,8 @@ class Pool:
                 self.settle(work, StoreError("the pager has no memory for a buffer"))
             elif claimed and staging is not None and not self._bring(work, staging):
                 return
+            if work.failed:  # a store may still be writing into the buffer of an attempt that failed
+                staging = None
             with self._changed:
                 self._busy -= 1
             staging = staging or self._staging()

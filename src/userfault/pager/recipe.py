@@ -166,6 +166,11 @@ class LateStore(Store):
             self._store.close()
 
 
+def described(recipe: memoryview) -> str:
+    """Return what the store has called itself when it was passed in."""
+    return _head(recipe)[4]
+
+
 def is_foreign(recipe: memoryview) -> bool:
     """Whether the store is of a class of the user's own, of which nothing is known."""
     return bool(_head(recipe)[0])

@@ -41,19 +41,18 @@ class Source:
         self._ledger = ledger
         late = again and recipe.is_foreign(ledger.recipe)
         self.store: Store = recipe.LateStore(ledger) if late else recipe.load_counted(ledger)
+        self.name = recipe.described(ledger.recipe)
+        """What it calls itself. Asked once, in the application: here it might wait for a lock of a read that hangs."""
         self.inline = self.store.concurrency == 0
         """Whether it answers from memory, in the fault loop."""
         kind = type(self.store)
         self._foreign = not kind.__module__.startswith("userfault.stores.")
         self._answers_now = kind.read_now is not Store.read_now
         self.locate = self._locate_carefully if self._foreign else self.store.locate
+        self.may_hang = self._foreign and kind.locate is not Store.locate
+        """Whether `locate` runs code that is not ours."""
         if kind.locate is Store.locate:
             self.locate = nowhere
-
-    @property
-    def name(self) -> str:
-        """What it calls itself."""
-        return failure.name_of(self.store)
 
     def read(self, block: int, staging: Staging) -> tuple[int, BaseException | None]:
         """Have it write a block, which the caller owns, into `staging`.
@@ -81,7 +80,7 @@ class Source:
         try:
             with self._noted(block):
                 found = self.store.read_now(offset, staging.view[:length])
-        except Exception:  # noqa: BLE001  # a store of the user's own; read_into will say what is wrong
+        except BaseException:  # noqa: BLE001  # a store of the user's own; read_into will say what is wrong
             found = False
         return staging.padded(length) if found else 0
 
@@ -92,7 +91,7 @@ class Source:
         try:
             with self._noted(block):
                 return int(self.store.locate(offset, length))
-        except Exception:  # noqa: BLE001  # a store of the user's own must not end the fault loop
+        except BaseException:  # noqa: BLE001  # a store of the user's own must not end the fault loop
             return 0
 
     @contextlib.contextmanager
