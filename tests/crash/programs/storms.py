@@ -225,6 +225,7 @@ class Rows:
     def __getitem__(self, index: int) -> Any:
         if self.owner != os.getpid():
             self.array, self.owner = self.recipe.open(), os.getpid()
+            kill_worker(self.array.region)
             threading.Thread(target=self._kill, daemon=True).start()
         return self.array[index].copy()
 
