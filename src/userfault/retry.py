@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 _LONGEST_S = 1e9
 
@@ -40,7 +41,7 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         attempts: object = self.attempts
-        if not isinstance(attempts, int) or isinstance(attempts, bool):
+        if isinstance(attempts, bool) or not isinstance(attempts, Integral):
             raise TypeError(f"attempts must be an integer, not {attempts!r}")
         if not 1 <= self.attempts < 1 << 32:
             raise ValueError(f"attempts must be at least 1, the first one; got {self.attempts}")
@@ -48,7 +49,7 @@ class RetryPolicy:
         _check_number("longest", self.longest, 0, _LONGEST_S)
         _check_number("jitter", self.jitter, 0, 1)
         if self.timeout is not None:
-            _check_number("timeout", self.timeout, 0.001, math.inf)
+            _check_number("timeout", self.timeout, 0.001, math.inf, " (None: for ever)")
 
     def numbers(self) -> tuple[int, int, int, int, int]:
         """Return the fields as integers, as the ledger keeps them: microseconds, millionths, 0 for no timeout."""
@@ -58,11 +59,11 @@ class RetryPolicy:
         return self.attempts, backoff, longest, jitter, limit
 
 
-def _check_number(name: str, value: object, least: float, most: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not least <= value <= most:  # NaN is neither
-        raise ValueError(f"{name} must be from {least:g} to {most:g}, got {value!r}")
+def _check_number(name: str, value: object, least: float, most: float, hint: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number{hint}, not {value!r}")
+    if not least <= float(value) <= most:  # NaN is neither
+        raise ValueError(f"{name} must be from {least:g} to {most:g}{hint}, got {value!r}")
 
 
 def check_retry_policy(value: object) -> RetryPolicy:

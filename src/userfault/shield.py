@@ -5,8 +5,10 @@ ends whatever was being done there.  A range that changes hands must not be left
 missing page is zeros.  Nor must a pager that starts: its processes would have nobody.  So in the main thread such work
 is done by a thread of its own, where no handler runs.
 
-A thread may never begin: its first step takes memory, and CPython tells nobody if there is none.  So whoever is first
-to claim the work does it, the thread or, after a while, the one who waits for it.
+A thread may never begin: its first step takes memory, and CPython tells nobody if there is none, not even
+`Thread.start`, which then waits for ever.  So whoever is first to claim the work does it, the thread or, after a while,
+the one who waits for it; and threads that nobody waits for begin within some seconds, or an error says that they did
+not.
 """
 
 from __future__ import annotations
@@ -24,6 +26,25 @@ if TYPE_CHECKING:
 
 _BEGIN_S = 2.0
 """How long a thread may take to begin."""
+
+
+def begin(work: Callable[[], object]) -> None:
+    """Do some work in a thread of its own, which ends with the process at the latest. Returns when it has begun.
+
+    Raises:
+        RuntimeError: no thread is to be had; the work is not done.
+    """
+    begun, claim = allocate_lock(), allocate_lock()
+    begun.acquire()
+
+    def run() -> None:
+        begun.release()
+        if claim.acquire(blocking=False):
+            work()
+
+    start_new_thread(run, ())
+    if not begun.acquire(timeout=_BEGIN_S) and claim.acquire(blocking=False):
+        raise RuntimeError(f"a thread did not begin within {_BEGIN_S:g} s: there is no memory for its first step")
 
 
 class _Work:

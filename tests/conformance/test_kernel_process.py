@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -123,6 +124,14 @@ def test_available_memory_is_no_more_than_the_machine_has() -> None:
 
     assert 0 < available <= total
     assert process.huge_pages_free() >= 0
+
+
+def test_swap_is_in_use_if_proc_lists_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = Path("/proc/swaps").read_text().splitlines()
+
+    assert process.swap_in_use() == (len(listed) > 1)
+    monkeypatch.setattr(process, "_read", lambda _: "Filename Type\n/dev/sdb2 partition\n")
+    assert process.swap_in_use()
 
 
 def test_a_cgroup_with_a_limit_bounds_what_is_available(start_child: StartChild) -> None:

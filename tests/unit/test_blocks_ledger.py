@@ -13,6 +13,7 @@ from userfault.blocks import errors
 from userfault.blocks import ledger as book
 from userfault.blocks.geometry import PAGE_SIZE, Geometry
 from userfault.blocks.ledger import BOUNDS, BUCKETS, Layout, Ledger, bucket_of
+from userfault.blocks.states import BlockState
 from userfault.kernel import memfd
 
 geometries = st.builds(Geometry, st.integers(1, 1 << 46), st.sampled_from([4096, 65536, 2 << 20]))
@@ -116,6 +117,17 @@ def test_any_other_file_is_refused(content: bytes, tmp_path: object) -> None:
             Ledger.attach(descriptor)
     finally:
         os.close(descriptor)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_page_counts_as_never_written_only_where_it_cannot_be_swapped_out(
+    fd: int, layout: Layout, swap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("userfault.kernel.process.swap_in_use", lambda: swap)
+    monkeypatch.setattr("userfault.kernel.memory.mincore", lambda _, length: bytes(length // PAGE_SIZE))  # all are out
+    ledger = Ledger(fd, layout)
+    ledger.states[1] = BlockState.PRIVATE
+    assert ledger.snapshot()[1] == (BlockState.PRIVATE if swap else BlockState.ABSENT)
 
 
 def test_letting_go_leaves_zeros_for_whoever_still_looks(fd: int, layout: Layout) -> None:

@@ -34,7 +34,7 @@ def _worker_side(policy: RetryPolicy) -> Retries:
         ({"backoff": "1s"}, TypeError, "backoff must be a number, not '1s'"),
         ({"longest": math.nan}, ValueError, "longest must be from 0 to 1e+09, got nan"),
         ({"jitter": 1.5}, ValueError, "jitter must be from 0 to 1, got 1.5"),
-        ({"timeout": 0}, ValueError, "timeout must be from 0.001 to inf, got 0"),
+        ({"timeout": 0}, ValueError, "timeout must be from 0.001 to inf (None: for ever), got 0"),
     ],
 )
 def test_wrong_numbers_are_named(wrong: dict[str, Any], kind: type[Exception], text: str) -> None:

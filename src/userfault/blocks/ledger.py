@@ -25,7 +25,7 @@ from userfault.blocks import errors
 from userfault.blocks.errors import ErrorLog
 from userfault.blocks.geometry import PAGE_SIZE, Geometry, round_up
 from userfault.blocks.states import BlockState
-from userfault.kernel import abi, memfd, memory
+from userfault.kernel import abi, memfd, memory, process
 from userfault.kernel.syscalls import naming
 
 MAGIC = 0x31544C5541464655  # "UFFAULT1" would need a ninth byte; any constant does
@@ -139,8 +139,13 @@ class Ledger:
         return cls(fd, Layout(geometry, words[W_RECIPE_LENGTH]))
 
     def snapshot(self) -> bytes:
-        """Return a copy of all states. Reads only pages that are there: to read a hole would allocate it."""
+        """Return a copy of all states. Reads only pages that are there: to read a hole would allocate it.
+
+        Where there is swap, all are read: mincore(2) cannot tell a page that is swapped out from a hole.
+        """
         pages = memory.mincore(self._address, round_up(self.geometry.blocks, PAGE_SIZE))
+        if process.swap_in_use():
+            return bytes(self.states)
         if not any(pages):
             return bytes(self.geometry.blocks)
         parts = (self.states[i * PAGE_SIZE : (i + 1) * PAGE_SIZE] for i in range(len(pages)))

@@ -29,6 +29,7 @@ __all__ = [
     "pidfd_send_signal",
     "pss",
     "status",
+    "swap_in_use",
     "task_cpu",
     "userfaultfds",
     "waits_in_user_fault",
@@ -209,6 +210,14 @@ def memory_available() -> int:
     room = cgroup_headroom()
     available = int(_fields("/proc/meminfo")["MemAvailable"].split()[0]) * 1024
     return available if room is None else min(available, room)
+
+
+def swap_in_use() -> bool:
+    """Return whether any of this machine's memory may be on a swap device; where /proc does not tell, it may."""
+    try:
+        return _read("/proc/swaps").count("\n") > 1
+    except KernelError:
+        return True
 
 
 def huge_pages_free() -> int:

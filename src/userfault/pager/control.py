@@ -19,7 +19,6 @@ import socket
 import struct
 import time
 from collections import deque
-from threading import Thread
 
 from userfault.blocks.geometry import PAGE_SIZE
 from userfault.errors import Error, StoreError
@@ -32,6 +31,7 @@ from userfault.pager.pulse import Pulse
 from userfault.pager.requests import Request
 from userfault.pager.served import Served
 from userfault.pager.wire import Message
+from userfault.shield import begin
 from userfault.stores.descriptors import limit_open_files
 
 TYPE_CHECKING = False
@@ -162,7 +162,8 @@ class Control:
         reading = self.loop.reading
         since, region, block = reading or (0, None, 0)
         limit = region.source.retries.timeout_ns if region else 0
-        if region and limit and time.perf_counter_ns() - since > limit and not region.closing:
+        late = limit and time.perf_counter_ns() - since > limit
+        if region and late and not region.closing and self.loop.reading is reading:
             offset, length = region.geometry.span(block)
             cause = f"timeout of {limit / 1e9:g} s, in the fault loop"
             error = StoreError("the read did not return in time", cause=cause)
@@ -216,10 +217,10 @@ class Control:
             return
         try:
             wire.deliver(self.ward, message)
-        except BlockingIOError:  # it does not read: see `_patient`
-            self._kill_supervisor()
         except (BrokenPipeError, ConnectionResetError):  # it is dead: its successor gets all of this by will
             return
+        except OSError:  # it does not read (see `_patient`), or the kernel has no memory: what it holds is not true now
+            self._kill_supervisor()
 
     def _kill_supervisor(self) -> None:
         failure.report(f"supervisor {self.supervisor_pid} is stopped or hangs, and is replaced")
@@ -310,7 +311,7 @@ class Control:
                 self.post(Message(wire.OK, message.id))
             return
         try:
-            Thread(target=self._make, args=(message,), name="open", daemon=True).start()
+            begin(lambda: self._make(message))
         except RuntimeError:  # no more threads to be had
             os.close(message.fds[0])
             raise
@@ -357,13 +358,11 @@ class Control:
         region = self.regions.pop(message.region, None)
         if region is not None:
             self.loop.remove(region)
-            try:
-                self._tell_supervisor(Message(wire.DROP, region=region.id))  # a successor must never serve it again
-            finally:
-                region.close((faults.FAULT,))
-                for request in list(self._requests.pop(region.id, [])):
-                    request.abandon(failure.encode(StoreError("the region was closed meanwhile")))
-                os.close(region.fd)
+            self._tell_supervisor(Message(wire.DROP, region=region.id))  # a successor must never serve it again
+            region.close((faults.FAULT,))
+            for request in list(self._requests.pop(region.id, [])):
+                request.abandon(failure.encode(StoreError("the region was closed meanwhile")))
+            os.close(region.fd)
         elif message.region in self.exports:
             self.exports.close(message.region)
         self.post(Message(wire.OK, message.id))

@@ -11,12 +11,12 @@ import contextlib
 import functools
 import select
 import time
-from threading import Thread
 
 from userfault.pager import failure, wire
 from userfault.pager.outlet import Outlet
 from userfault.pager.placement import Placement
 from userfault.pager.wire import Message
+from userfault.shield import begin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Exports:
     def _started(self) -> select.epoll:
         if self._epoll is None:
             epoll = select.epoll()
-            Thread(target=self._run, args=(epoll,), name="exports", daemon=True).start()
+            begin(lambda: self._run(epoll))
             self._epoll = epoll  # not before there is somebody who waits there
         return self._epoll
 

@@ -11,9 +11,9 @@ themselves, as the application may be about to die of a SIGBUS.
 from __future__ import annotations
 
 import contextlib
-from _thread import start_new_thread
+from _thread import allocate_lock, start_new_thread
 from collections import deque
-from threading import Lock, Thread
+from threading import Thread
 
 WARNING, ERROR = 30, 40
 """As in `logging`."""
@@ -21,34 +21,40 @@ MOST = 1000
 """News that wait to be logged; older ones give way."""
 
 _news: deque[tuple[int, str, object]] = deque(maxlen=MOST)
-_lock = Lock()
-_busy = False
+_busy = allocate_lock()
+"""Held while a thread logs. Nobody waits for it: the garbage collector may have anybody say something at any step."""
 
 
 def forget() -> None:
     """In a forked child: no thread is at work here, and the lock may be held for ever."""
-    global _lock, _busy  # one log per process
-    _lock, _busy = Lock(), False
+    global _busy  # noqa: PLW0603  # one log per process
+    _busy = allocate_lock()
     _news.clear()
 
 
 def put(level: int, room: str, text: object) -> None:
     """Log `str(text)` with the logger `userfault.<room>`, soon. Never waits for a handler."""
-    global _busy  # noqa: PLW0603  # one log per process
-    with _lock:
-        _news.append((level, room, text))
-        if _busy:
-            return
-        _busy = True
+    _news.append((level, room, text))
+    if not _busy.acquire(blocking=False):
+        return  # whoever has it looks again after letting go
     thread = Thread(target=_log, name="userfault-log", daemon=True)
     try:
         start_new_thread(thread.start, ())  # `start` itself may wait for ever, if there is no memory to begin
     except RuntimeError:  # no thread to be had, or the interpreter is ending: the next one tries again
-        _busy = False
+        _busy.release()
 
 
 def _log() -> None:
-    global _busy  # noqa: PLW0603  # as above
+    while True:
+        try:
+            _log_news()
+        finally:
+            _busy.release()
+        if not _news or not _busy.acquire(blocking=False):
+            return
+
+
+def _log_news() -> None:
     from userfault.pager.link import forking
 
     with forking:  # it registers what is to be done at a fork, which must not be half-way through
@@ -56,11 +62,7 @@ def _log() -> None:
     root = logging.getLogger("userfault")
     if not root.handlers:
         root.addHandler(logging.NullHandler())
-    while True:
-        with _lock:
-            if not _news:
-                _busy = False
-                return
-            level, room, text = _news.popleft()
+    while _news:
+        level, room, text = _news.popleft()
         with contextlib.suppress(Exception):  # somebody's handler
             logging.getLogger(f"userfault.{room}").log(level, "%s", text)

@@ -29,7 +29,7 @@ import contextlib
 import errno
 import time
 from collections import deque
-from threading import Lock, Thread
+from threading import Lock
 
 from userfault.blocks import ledger as book
 from userfault.blocks.geometry import PAGE_SIZE
@@ -40,6 +40,7 @@ from userfault.kernel import abi, memfd
 from userfault.pager import evict, failure, poison, wire
 from userfault.pager.counters import Counters
 from userfault.pager.source import Source
+from userfault.shield import begin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -315,4 +316,5 @@ class Served:
         pool, self.pool = self.pool, None
         if pool is not None:
             pool.close()
-        Thread(target=self.source.close, name="close", daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # no thread to be had: what the store holds goes with the worker
+            begin(self.source.close)

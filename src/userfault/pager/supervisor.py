@@ -206,13 +206,20 @@ class Supervisor:
         self.hang_up()
         reason = f"{self.strikes} workers in a row died before they had filled a block"
         failure.report(f"{reason}: the pager gives up, and touching its regions is a SIGBUS")
-        with contextlib.suppress(OSError):
-            wire.send(self.control, wire.Message(wire.LOST, text=reason.encode()), socket.MSG_DONTWAIT)
+        self.tell(wire.Message(wire.LOST, text=reason.encode()))
+        self.finished = True
+
+    def tell(self, message: wire.Message) -> None:
+        """Tell the application, as soon as it reads, and wait until it is gone or has closed its pager."""
         poll = select.poll()
         poll.register(self.will["application"], select.POLLIN)
-        poll.register(self.control, 0)  # it hangs up when the application closes its pager
-        poll.poll()
-        self.finished = True
+        poll.register(self.control, select.POLLOUT)
+        while not any(fd != self.control.fileno() or events & ~select.POLLOUT for fd, events in poll.poll()):
+            try:
+                wire.send(self.control, message, socket.MSG_DONTWAIT)
+                poll.modify(self.control, 0)
+            except OSError:  # no room after all, or no memory for a packet: back-off
+                time.sleep(0.01)
 
 
 def _words(fd: int) -> memoryview:

@@ -15,13 +15,13 @@ import contextlib
 import os
 import select
 import signal
-from threading import Thread
 
 from userfault.blocks.ledger import Ledger
 from userfault.errors import StoreError
 from userfault.kernel import memfd, process
 from userfault.pager import failure, recipe, spawn
 from userfault.pager.filling import fill
+from userfault.shield import begin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ GOOD, BAD = 0, 2
 """Exit statuses: the memfd holds the block; it holds an error."""
 _ROOM = 16 << 10
 """Bytes for the error."""
+_BEGUN = b"\1"
+"""The last byte of the memfd, from when the store is asked: a process that could not even start proves nothing."""
 
 
 def read(region: int, block: int, view: memoryview, timeout_ns: int) -> None:
@@ -47,7 +49,8 @@ def read(region: int, block: int, view: memoryview, timeout_ns: int) -> None:
     Raises:
         StoreError: as the store says; or if this process has died as well.
     """
-    buffer = memfd.create("userfault-trial", max(len(view), _ROOM))
+    mark = max(len(view), _ROOM)
+    buffer = memfd.create("userfault-trial", mark + 1)
     try:
         status = _attempt(region, block, buffer, timeout_ns)
         if status == GOOD:
@@ -55,6 +58,8 @@ def read(region: int, block: int, view: memoryview, timeout_ns: int) -> None:
             return
         if status == BAD:
             raise failure.decode(os.pread(buffer, _ROOM, 0))
+        if os.pread(buffer, 1, mark) != _BEGUN:
+            raise StoreError("the process that was to read it did not come to that", cause=_death(status))
     finally:
         os.close(buffer)
     cause = f"the last one {_death(status)}"
@@ -95,7 +100,7 @@ def _death(status: int) -> str:
 
 def run(will: Will) -> None:
     """Read one block, and end; earlier if the worker ends."""
-    Thread(target=_work, args=(will,), daemon=True).start()
+    begin(lambda: _work(will))
     poll = select.poll()
     poll.register(will["worker"], select.POLLIN)
     poll.poll()
@@ -112,6 +117,7 @@ def _work(will: Will) -> None:
 
 
 def _read(will: Will) -> None:
+    os.pwrite(will["buffer"], _BEGUN, os.fstat(will["buffer"]).st_size - 1)
     ledger = Ledger.attach(will["region"])
     offset, length = ledger.geometry.span(will["block"])
     store = recipe.load(ledger.recipe, ledger.geometry.size)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from threading import Thread
 
 from userfault.kernel.userfaultfd import Userfaultfd
 from userfault.pager import placement
@@ -18,6 +17,7 @@ from userfault.pager.faults import FaultLoop
 from userfault.pager.placement import Placement
 from userfault.pager.recovery import recover
 from userfault.pager.served import Served
+from userfault.shield import begin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def run(will: Will) -> None:
         take_over(fd, uffd, control)
     for _, fds in will["exports"]:
         control.exports.adopt(tuple(fds), again=True)
-    Thread(target=live, args=(control,), name="control", daemon=True).start()
+    begin(lambda: live(control))
     loop.run()
 
 
