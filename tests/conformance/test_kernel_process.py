@@ -130,7 +130,7 @@ def test_swap_is_in_use_if_proc_lists_any(monkeypatch: pytest.MonkeyPatch) -> No
     listed = Path("/proc/swaps").read_text().splitlines()
 
     assert process.swap_in_use() == (len(listed) > 1)
-    monkeypatch.setattr(process, "_read", lambda _: "Filename Type\n/dev/sdb2 partition\n")
+    monkeypatch.setattr(process, "read_text", lambda _: "Filename Type\n/dev/sdb2 partition\n")
     assert process.swap_in_use()
 
 

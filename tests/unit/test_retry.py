@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,13 @@ def _worker_side(policy: RetryPolicy) -> Retries:
     for index, value in enumerate(policy.numbers(), book.W_ATTEMPTS):
         words[index] = value
     return Retries(words)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    policy = RetryPolicy(attempts=np.int64(2), backoff=np.float32(0.5), longest=np.int32(3))  # type: ignore[arg-type]  # as users pass them
+
+    assert policy.numbers()[:3] == (2, 500_000, 3_000_000)
+    assert _worker_side(policy).attempts == 2
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from userfault.errors import KernelError
 from userfault.kernel.abi import Feature, Ioctl
+from userfault.kernel.procfs import read_text
 
 __all__ = ["FdInfo", "parse_fdinfo", "read_fdinfo"]
 
@@ -69,9 +69,4 @@ def read_fdinfo(fd: int, pid: int | str = "self") -> FdInfo:
         KernelError: No such descriptor, or not ours to look at.
         ValueError: The descriptor is something else.
     """
-    path = f"/proc/{pid}/fdinfo/{fd}"
-    try:
-        with open(path, encoding="ascii") as file:
-            return parse_fdinfo(file.read())
-    except OSError as error:
-        raise KernelError(error.errno or 0, f"open({path})") from None
+    return parse_fdinfo(read_text(f"/proc/{pid}/fdinfo/{fd}"))

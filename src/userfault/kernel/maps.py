@@ -16,6 +16,7 @@ from fcntl import ioctl
 
 from userfault.errors import KernelError
 from userfault.kernel import abi
+from userfault.kernel.procfs import read_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def read_maps(pid: int | str = "self") -> list[MapEntry]:
     Raises:
         KernelError: No such process, or not ours to look at (EACCES): it takes the right to trace it.
     """
-    return list(parse_maps(_read(f"/proc/{pid}/maps")))
+    return list(parse_maps(read_text(f"/proc/{pid}/maps")))
 
 
 def read_smaps(pid: int | str = "self") -> list[MapEntry]:
@@ -92,7 +93,7 @@ def read_smaps(pid: int | str = "self") -> list[MapEntry]:
     Raises:
         KernelError: As `read_maps`; ENOENT also for a kernel without CONFIG_PROC_PAGE_MONITOR.
     """
-    return list(parse_smaps(_read(f"/proc/{pid}/smaps")))
+    return list(parse_smaps(read_text(f"/proc/{pid}/smaps")))
 
 
 def parse_maps(text: str) -> Iterator[MapEntry]:
@@ -180,12 +181,3 @@ def _parse_line(line: str, flags: frozenset[str]) -> MapEntry:
         path[0].replace("\\012", "\n") if path else "",
         flags,
     )
-
-
-def _read(path: str) -> str:
-    """Return a file of /proc as text, its lines ended by a newline and nothing else: a name may hold a return."""
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            return file.read()
-    except OSError as error:
-        raise KernelError(error.errno or 0, f"open({path})") from None

@@ -11,6 +11,7 @@ import signal
 from errno import ENOENT, ESRCH
 
 from userfault.errors import KernelError
+from userfault.kernel.procfs import read_text
 from userfault.kernel.syscalls import naming
 
 TYPE_CHECKING = False
@@ -40,25 +41,8 @@ _LINK = "anon_inode:[userfaultfd]"
 _CPU_FIELD = 36  # field 39 of stat(5), counted from the state, which is field 3
 
 
-def _read(path: str) -> str:
-    """Return a /proc file as text; these are generated at the first read, so one big read is a snapshot."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise KernelError(error.errno or 0, f"open({path})") from None
-    try:
-        parts = []
-        while part := os.read(fd, 65536):
-            parts.append(part)
-    except OSError as error:
-        raise KernelError(error.errno or 0, f"read({path})") from None
-    finally:
-        os.close(fd)
-    return b"".join(parts).decode("utf-8", "surrogateescape")
-
-
 def _fields(path: str) -> dict[str, str]:
-    lines = (line.partition(":") for line in _read(path).splitlines())
+    lines = (line.partition(":") for line in read_text(path).splitlines())
     return {name: value.strip() for name, _, value in lines}
 
 
@@ -107,7 +91,7 @@ def pidfd_send_signal(fd: int, number: int) -> None:
 def task_cpu(pid: int, tid: int) -> int | None:
     """Return the CPU on which a thread runs, or ran last; `None` when it is gone."""
     try:
-        text = _read(f"/proc/{pid}/task/{tid}/stat")
+        text = read_text(f"/proc/{pid}/task/{tid}/stat")
     except KernelError:
         return None
     # The name stands in parentheses and may hold some itself, and spaces: count from the last one.
@@ -122,8 +106,8 @@ def task_state(tid: int) -> tuple[str, int]:
         KernelError: No such thread, or a kernel without CONFIG_SCHED_INFO.
     """
     folder = f"/proc/self/task/{tid}"
-    text = _read(f"{folder}/stat")
-    return text[text.rfind(")") + 2], int(_read(f"{folder}/schedstat").split()[0])
+    text = read_text(f"{folder}/stat")
+    return text[text.rfind(")") + 2], int(read_text(f"{folder}/schedstat").split()[0])
 
 
 def state(pid: int) -> str:
@@ -132,7 +116,7 @@ def state(pid: int) -> str:
     Raises:
         KernelError: No such process.
     """
-    text = _read(f"/proc/{pid}/stat")
+    text = read_text(f"/proc/{pid}/stat")
     return text[text.rfind(")") + 2]
 
 
@@ -140,10 +124,10 @@ def waits_in_user_fault(pid: int, tid: int) -> bool:
     """Whether a thread sleeps in a fault that a userfaultfd has reported; True also if the kernel does not say."""
     folder = f"/proc/{pid}/task/{tid}"
     try:
-        where = _read(f"{folder}/wchan")
+        where = read_text(f"{folder}/wchan")
         if where != "0":
             return where == "handle_userfault"
-        text = _read(f"{folder}/stat")  # it runs, or this kernel tells nobody where threads sleep
+        text = read_text(f"{folder}/stat")  # it runs, or this kernel tells nobody where threads sleep
     except KernelError as error:
         return error.errno not in (ENOENT, ESRCH)
     return text[text.rfind(")") + 2] != "R"
@@ -169,7 +153,7 @@ def pss(pid: int | str = "self") -> int:
     Raises:
         KernelError: Gone, or not ours to look at.
     """
-    for line in _read(f"/proc/{pid}/smaps_rollup").splitlines():
+    for line in read_text(f"/proc/{pid}/smaps_rollup").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
     return 0
@@ -215,7 +199,7 @@ def memory_available() -> int:
 def swap_in_use() -> bool:
     """Return whether any of this machine's memory may be on a swap device; where /proc does not tell, it may."""
     try:
-        return _read("/proc/swaps").count("\n") > 1
+        return read_text("/proc/swaps").count("\n") > 1
     except KernelError:
         return True
 
@@ -241,7 +225,7 @@ def memory_cgroups() -> Iterator[tuple[str, int]]:
     Raises:
         KernelError: /proc is not there.
     """
-    return _folders(_read("/proc/self/cgroup"), _read("/proc/self/mountinfo"))
+    return _folders(read_text("/proc/self/cgroup"), read_text("/proc/self/mountinfo"))
 
 
 def _headroom(folders: Iterable[tuple[str, int]]) -> int | None:
@@ -263,7 +247,7 @@ def _folder_room(folder: str, version: int) -> Iterator[int]:
 
 def _number(path: str) -> int | None:
     try:
-        text = _read(path).strip()
+        text = read_text(path).strip()
     except KernelError:
         return None
     return int(text) if text.isdigit() else None  # "max" is no limit
@@ -271,7 +255,7 @@ def _number(path: str) -> int | None:
 
 def _inactive_file(folder: str, field: str) -> int:
     try:
-        lines = _read(f"{folder}/memory.stat").splitlines()
+        lines = read_text(f"{folder}/memory.stat").splitlines()
     except KernelError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith(field + " ")), 0)

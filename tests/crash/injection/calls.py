@@ -85,7 +85,7 @@ lseek(SEEK_HOLE)                W        ENOMEM EIO
 write(memfd)                    ASW      EINTR ENOMEM ENOSPC EPERM EIO
 read(memfd)                     swt      EINTR ENOMEM EIO
 pread64(memfd)                  SWT      EINTR ENOMEM EIO
-pwrite64(memfd)                 A        EINTR ENOMEM ENOSPC EPERM EIO
+pwrite64(memfd)                 AT       EINTR ENOMEM ENOSPC EPERM EIO
 newfstatat(memfd)               AsSwWtT  ENOMEM EIO
 close(memfd)                    AsSwWt
 # files of stores
@@ -159,13 +159,14 @@ write(proc)                     swt      EINTR ENOMEM EPERM EIO
 pread64(proc)                   A        EINTR ENOMEM EPERM EIO
 getdents64(proc)                Aswt     EINTR ENOMEM EIO
 readlink(proc)                  A        ENOMEM EACCES EIO
-newfstatat(proc)                Aswt     ENOMEM EACCES
+newfstatat(proc)                AsSwWt   ENOMEM EACCES
 ioctl(PAGEMAP_SCAN)             A        EINTR ENOMEM EPERM ENOTTY
 ioctl(PROCMAP_QUERY)            A        EINTR ENOMEM EPERM ENOTTY
 close(proc)                     AsSwWtT
 openat(cgroup)                  A        EINTR ENOMEM EMFILE ENFILE EPERM EACCES
 read(cgroup)                    A        EAGAIN EINTR ENOMEM EIO
 close(cgroup)                   A
+newfstatat(cgroup)              A        ENOMEM EACCES
 openat(null)                    Aswt     EINTR ENOMEM EMFILE ENFILE EACCES
 close(null)                     Aswt
 write(standard error)           SW       EAGAIN EINTR ENOSPC EIO EPIPE
