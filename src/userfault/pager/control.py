@@ -14,20 +14,17 @@ import errno
 import os
 import resource
 import select
-import signal
 import socket
-import struct
 import time
 from collections import deque
 
 from userfault.blocks.geometry import PAGE_SIZE
 from userfault.errors import Error, StoreError
-from userfault.kernel import process
-from userfault.pager import evict, failure, faults, pulse, spawn, wire
+from userfault.pager import evict, failure, faults, wire
 from userfault.pager.exports import FDS_OF_OUTLET, Exports
+from userfault.pager.fellow import Fellow
 from userfault.pager.placement import WATCH_NS
 from userfault.pager.pool import pool_of
-from userfault.pager.pulse import Pulse
 from userfault.pager.requests import Request
 from userfault.pager.served import Served
 from userfault.pager.wire import Message
@@ -48,13 +45,6 @@ SPARE = 32
 """Descriptors that are neither regions nor files of stores: sockets, pidfds, a glance into /proc."""
 
 
-def _patient(ward: socket.socket) -> socket.socket:
-    """Let nobody wait for a supervisor that does not read, since it is stopped; and be continued when it dies."""
-    pulse.continue_by(ward)
-    ward.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 1, 0))
-    return ward
-
-
 class Control:
     """Answers requests until the application is gone. `run` is called by one thread; `post` by any."""
 
@@ -64,25 +54,20 @@ class Control:
         self.loop = loop
         loop.on_filled = self.progress
         self.regions: dict[int, Served] = {}
-        self.ward = _patient(socket.socket(fileno=will["ward"]))
-        self.pulse = Pulse(will["pulse"], pulse.WORKER)
         self.control = socket.socket(fileno=will["control"])
-        self.supervisor = -1
-        self.supervisor_pid = 0
         self._opening: dict[int, bool] = {}
         """Regions whose store is being made, in a thread; False once they are not wanted any more."""
         self._made: deque[tuple[Message, Served | StoreError]] = deque()
         self._requests: dict[int, list[Request]] = {}
         self._outbox: deque[Message] = deque()
-        self.exports = Exports(will["pid"], self._tell_supervisor, self.progress)
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
+        self.fellow = Fellow(will, self._poll, self._holdings)
+        self.exports = Exports(will["pid"], self.fellow.tell, self.progress)
         self._progress = self._told = False
         self._listening = True
         self._waits_for_room = False
         """Whether the application has to read before more can be sent."""
-        self._alone = False
-        """Without a supervisor, since none could be started."""
         self._over = False
         self._verbs: dict[int, Callable[[Message], None]] = {
             wire.OPEN: self._open,
@@ -100,13 +85,13 @@ class Control:
 
     def run(self) -> None:
         """Listen until the application is gone, then end the process's work."""
-        for fd in (self.ward.fileno(), self._bell, self.will["application"], self.control.fileno()):
+        for fd in (self._bell, self.will["application"], self.control.fileno()):
             self._poll.register(fd, select.POLLIN)
         tick = 0
         while not self._over:
             ready = dict(self._poll.poll(self._patience()))
             now = time.perf_counter_ns()
-            self.pulse.beat()
+            self.fellow.beat()
             with contextlib.suppress(OSError):  # no descriptor to be had for /proc, say: no reason to die
                 self.loop.placement.watch(now)
                 if now >= tick:
@@ -114,7 +99,7 @@ class Control:
                     self._tick()
             self._look(ready)
             self._send()
-        self._tell_supervisor(Message(wire.GOODBYE))
+        self.fellow.tell(Message(wire.GOODBYE))
 
     def _patience(self) -> int:
         """Milliseconds until there is something to do, even if nobody says anything."""
@@ -128,13 +113,11 @@ class Control:
                 os.eventfd_read(self._bell)
         if self._progress and not self._told:
             self._told = True
-            self._tell_supervisor(Message(wire.PROGRESS))
+            self.fellow.tell(Message(wire.PROGRESS))
         while self._made:
             self._take_on(*self._made.popleft())
-        if self.ward.fileno() in ready:
-            self._hear_supervisor()
-        if self.supervisor in ready:
-            self._replace_supervisor()
+        if self.fellow.look(ready):
+            self.post(Message(wire.HELLO, a=os.getpid(), b=self.fellow.pid))
         if self.will["application"] in ready:
             self._over = True
         events = ready.get(self.control.fileno(), 0)
@@ -142,10 +125,7 @@ class Control:
             self._hear_application()
 
     def _tick(self) -> None:
-        if self._alone:
-            self._replace_supervisor()
-        if self.supervisor >= 0 and self.pulse.is_lost(self.supervisor_pid, time.monotonic()):
-            self._kill_supervisor()
+        self.fellow.tick()
         self._watch_loop()
         for region in list(self.regions.values()):
             region.publish(self.loop.placement.cpu)
@@ -204,78 +184,9 @@ class Control:
         if self._listening:
             self._poll.modify(self.control.fileno(), wanted)
 
-    # -- the supervisor --------------------------------------------------------------------------------------
-
-    def introduce(self) -> None:
-        """Tell the supervisor and the application who their worker is."""
-        own = process.pidfd_open(os.getpid())
-        self._tell_supervisor(Message(wire.INTRODUCE, a=os.getpid(), fds=(own,)))
-        os.close(own)
-
-    def _tell_supervisor(self, message: Message) -> None:
-        if self._alone:  # its successor gets all of this by will
-            return
-        try:
-            wire.deliver(self.ward, message)
-        except (BrokenPipeError, ConnectionResetError):  # it is dead: its successor gets all of this by will
-            return
-        except OSError:  # it does not read (see `_patient`), or the kernel has no memory: what it holds is not true now
-            self._kill_supervisor()
-
-    def _kill_supervisor(self) -> None:
-        failure.report(f"supervisor {self.supervisor_pid} is stopped or hangs, and is replaced")
-        with contextlib.suppress(OSError):
-            process.pidfd_send_signal(self.supervisor, signal.SIGKILL)
-
-    def _hear_supervisor(self) -> None:
-        message = wire.receive(self.ward)
-        if message is None:
-            self._poll.unregister(self.ward)
-            if self.supervisor < 0:  # it died before it had introduced itself
-                self._replace_supervisor()
-        elif message.kind == wire.INTRODUCE:
-            if self.supervisor < 0:
-                self._watch_supervisor(message.a, message.fds[0])
-            else:
-                wire.close_all(message.fds)
-            self.post(Message(wire.HELLO, a=os.getpid(), b=self.supervisor_pid))
-
-    def _watch_supervisor(self, pid: int, pidfd: int) -> None:
-        self.supervisor_pid, self.supervisor = pid, pidfd
-        self._poll.register(pidfd, select.POLLIN)
-
-    def _replace_supervisor(self) -> None:
-        if self.supervisor >= 0:
-            self._poll.unregister(self.supervisor)
-            os.close(self.supervisor)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(self.supervisor_pid, os.WNOHANG)
-        self.supervisor = -1
-        with contextlib.suppress(KeyError, ValueError):
-            self._poll.unregister(self.ward)
-        self.ward.close()
-        try:
-            ward, theirs = wire.pair()
-        except OSError:
-            self._alone = True
-            return
-        regions = [(region.id, region.fd) for region in self.regions.values()]
-        exports = self.exports.descriptors()
-        will = self.will | {"ward": theirs.fileno(), "regions": regions, "exports": exports, "strikes": 0}
-        try:
-            pid = spawn.start_successor(spawn.SUPERVISOR, will)
-        except OSError:  # no process to be had; the next tick tries again
-            self._alone = True
-            ward.close()
-            return
-        finally:
-            theirs.close()
-        self._alone = False
-        with contextlib.suppress(OSError):  # it may be stopped before it has said a word
-            self._watch_supervisor(pid, process.pidfd_open(pid))
-        self.ward = _patient(ward)
-        self._poll.register(self.ward, select.POLLIN)
-        self.introduce()
+    def _holdings(self) -> tuple[list[tuple[int, int]], list[tuple[int, tuple[int, ...]]]]:
+        """Return what a new supervisor has to know of: the numbers and the descriptors of regions, and of exports."""
+        return [(region.id, region.fd) for region in self.regions.values()], self.exports.descriptors()
 
     # -- the application -------------------------------------------------------------------------------------
 
@@ -336,7 +247,7 @@ class Control:
             self._refuse(message, made if isinstance(made, StoreError) else StoreError("the region was closed"))
             return
         self.adopt(made)  # before the supervisor hears of it: one that starts meanwhile gets it by will
-        self._tell_supervisor(Message(wire.KEEP, region=made.id, fds=(made.fd,)))
+        self.fellow.tell(Message(wire.KEEP, region=made.id, fds=(made.fd,)))
         self.post(Message(wire.OK, message.id))
 
     def adopt(self, region: Served) -> None:
@@ -358,7 +269,7 @@ class Control:
         region = self.regions.pop(message.region, None)
         if region is not None:
             self.loop.remove(region)
-            self._tell_supervisor(Message(wire.DROP, region=region.id))  # a successor must never serve it again
+            self.fellow.tell(Message(wire.DROP, region=region.id))  # a successor must never serve it again
             region.close((faults.FAULT,))
             for request in list(self._requests.pop(region.id, [])):
                 request.abandon(failure.encode(StoreError("the region was closed meanwhile")))

@@ -34,7 +34,7 @@ def run(will: Will) -> None:
     uffd = Userfaultfd(will["uffd"], features=will["features"])
     loop = FaultLoop(uffd, Placement(will["pid"]))
     control = Control(will, uffd, loop)
-    control.introduce()
+    control.fellow.introduce()
     for _, fd in will["regions"]:
         take_over(fd, uffd, control)
     for _, fds in will["exports"]:
