@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from errno import EAGAIN
+from io import FileIO
 
 from userfault.errors import KernelError
 
@@ -17,8 +18,8 @@ def read_text(path: str) -> str:
     """
     call, parts = "open", []
     try:
-        with open(path, "rb", buffering=0) as file:  # an object, so that nothing is left open by a signal's exception
-            call = "read"
+        with FileIO(path) as file:  # not a bare descriptor, which a signal's exception would leave open; nor `open`,
+            call = "read"  # which is gone when the interpreter ends
             while part := file.read(65536):
                 parts.append(part)
     except OSError as error:

@@ -47,6 +47,7 @@ from userfault.protocol.marks import MARKS, extent, open_with_move
 from userfault.protocol.messages import RANGE, Register, Unregister, Version, Wake
 from userfault.protocol.states import State, poll_bits
 from userfault.protocol.waiting import Bells, take_message
+from userfault.shield import to_the_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -358,17 +359,20 @@ class Descriptor:
         only the child's copy is closed.
         """
         with self._lock:
-            if self._closed:
-                return
-            closable = True
-            if self._pid == os.getpid():
-                with self._placing:
-                    closable = MARKS.release(self._uffd)
-            self._closed = True
-            if closable:
-                self._uffd.close()
-            self._bells.ring()
+            if not self._closed:
+                closable = True
+                if self._pid == os.getpid():
+                    with self._placing:
+                        closable = MARKS.release(self._uffd)
+                to_the_end(lambda: self._end(closable))
+            self._bells.ring()  # again, if a signal handler has ended the call that closed it
             _alive.discard(self)
+
+    def _end(self, closable: bool) -> None:
+        """Be closed: a signal handler's exception half-way would leave the kernel's descriptor open for ever."""
+        self._closed = True
+        if closable:
+            self._uffd.close()
 
     def hand_on(self, why: str) -> None:
         """Leave reading and writing to somebody else, for good.
