@@ -11,12 +11,15 @@ interrupted can be taken back, or gone on with.
 
 from __future__ import annotations
 
+import contextlib
 from _thread import get_ident
 from collections import deque
 from threading import Lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from userfault.blocks.ledger import Ledger
 
 MOST = 255
@@ -55,14 +58,9 @@ class Pins:
         Raises:
             ValueError: if that would be more than `most`, or one block more than 255 times. Nothing is changed then.
         """
-        me = get_ident()
         try:
-            with self._lock:
-                self._owner = me
-                try:
-                    self._add(pin, most)
-                finally:
-                    self._owner = 0
+            with self._held():
+                self._add(pin, most)
         finally:
             self._let_go()
 
@@ -88,16 +86,21 @@ class Pins:
         self._let_go()
 
     def _let_go(self) -> None:
-        me = get_ident()
-        while self._leaving and self._owner != me:
-            with self._lock:
-                self._owner = me
-                try:
-                    while self._leaving:
-                        self._remove(self._leaving[0])
-                        self._leaving.popleft()
-                finally:
-                    self._owner = 0
+        while self._leaving and self._owner != get_ident():
+            with self._held():
+                while self._leaving:
+                    self._remove(self._leaving[0])
+                    self._leaving.popleft()
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the lock, and be known to."""
+        with self._lock:
+            try:
+                self._owner = get_ident()
+                yield
+            finally:
+                self._owner = 0
 
     def _remove(self, pin: Pin) -> None:
         for part, end in self._parts(pin.first, pin.done):
