@@ -143,9 +143,9 @@ class Ledger:
 
         Where there is swap, all are read: mincore(2) cannot tell a page that is swapped out from a hole.
         """
-        pages = memory.mincore(self._address, round_up(self.geometry.blocks, PAGE_SIZE))
         if process.swap_in_use():
             return bytes(self.states)
+        pages = memory.mincore(self._address, round_up(self.geometry.blocks, PAGE_SIZE))
         if not any(pages):
             return bytes(self.geometry.blocks)
         parts = (self.states[i * PAGE_SIZE : (i + 1) * PAGE_SIZE] for i in range(len(pages)))

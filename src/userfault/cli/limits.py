@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from userfault.cli import figures
 from userfault.cli.screen import Finding
 from userfault.kernel import process
+from userfault.kernel.procfs import read_text
 
 _MAPPINGS_PER_REGION = 3  # the memory, its ledger, and what parts them; counted in /proc/self/maps
 _DESCRIPTORS_OF_PAGER = 32  # what each of the pager's processes holds besides one descriptor for a region
@@ -29,8 +30,7 @@ def limits() -> Iterator[Finding]:
 
 def _read(path: str) -> str:
     try:
-        with open(path, encoding="ascii") as file:
-            return file.read().strip()
+        return read_text(path).strip()
     except OSError:
         return ""
 

@@ -5,6 +5,7 @@ Exceptions do not travel: they may not pickle, and the application reads no pick
 
 from __future__ import annotations
 
+import contextlib
 import marshal
 import os
 import select
@@ -43,7 +44,7 @@ def plain(error: BaseException) -> StoreError:
     One of a store's own may be of any make: a subclass without fields, a cause that is no text.
     """
     if isinstance(error, StoreError):
-        try:
+        with contextlib.suppress(BaseException):
             return StoreError(
                 str(error.message),
                 store=str(error.store),
@@ -53,8 +54,6 @@ def plain(error: BaseException) -> StoreError:
                 cause=str(error.cause),
                 permanent=bool(error.permanent),
             )
-        except BaseException:  # noqa: BLE001  # see above
-            return StoreError("the store could not be read", cause=f"{type(error).__name__}: {_text(error)}")
     return StoreError("the store could not be read", cause=f"{type(error).__name__}: {_text(error)}")
 
 
