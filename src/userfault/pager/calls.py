@@ -103,7 +103,7 @@ class Calls:
 
     def retire(self, mapping: Mapping) -> None:
         """End a region that nobody holds any more. Called by finalizers, in any thread: does not wait."""
-        message = Message(wire.CLOSE, self.next_id(), mapping.identity)
+        message = Message(wire.CLOSE, self.next_id(), mapping.identity, flags=wire.FORCE)
         self._waiting[message.id] = _Retired(message, mapping)
         self._unsent.append(message)
         self._send_retired()

@@ -43,7 +43,7 @@ PASSING = (errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR)
 
 forking = RLock()
 """Held while descriptors exist that a forked child must not inherit unknowingly; a fork waits for it."""
-_LEVELS = {wire.BLOCK_FAILED: logs.ERROR, wire.READ_FAILED: logs.WARNING}
+_LEVELS = {wire.BLOCK_FAILED: logs.ERROR, wire.READ_FAILED: logs.WARNING, wire.WRITE_FAILED: logs.ERROR}
 links: weakref.WeakSet[Link] = weakref.WeakSet()
 """Every link of this process, for the sake of forked children."""
 

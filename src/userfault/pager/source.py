@@ -105,6 +105,22 @@ class Source:
         finally:
             self._ledger.notes[block] &= ~book.READING
 
+    def write(self, offset: int, data: memoryview) -> BaseException | None:
+        """Have it take some bytes; return what went wrong: a store may raise anything at all."""
+        try:
+            self.store.write(offset, data)
+        except BaseException as error:  # noqa: BLE001  # see above
+            return error
+        return None
+
+    def flush(self) -> BaseException | None:
+        """Have it make durable what it has taken; return what went wrong."""
+        try:
+            self.store.flush()
+        except BaseException as error:  # noqa: BLE001  # see above
+            return error
+        return None
+
     def close(self) -> None:
         """Close the store, which may wait, or raise. Called by a thread that does nothing else."""
         try:
