@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from _thread import start_new_thread
+from io import FileIO
 from threading import RLock, Thread
 
 from userfault.errors import KernelError, PagerLostError
@@ -289,7 +290,7 @@ class Link:
         with self._lock:
             self._farewell = self._farewell or "the pager was closed"
         self.lifeline.disarm()
-        watched = [fd for fd in map(_pidfd, (self.worker_pid, self.supervisor_pid)) if fd >= 0]
+        watched: list[FileIO] = to_the_end(lambda: _watch(self.worker_pid, self.supervisor_pid))
         if not self.lost:
             with contextlib.suppress(PagerLostError):
                 self._wait(self.calls.begin(Message(wire.BYE)), STOP_S)
@@ -322,23 +323,23 @@ def _log_change(role: str, before: int, now: int) -> None:
         logs.put(logs.WARNING, "pager", f"{role} {before} has ended, and {now} has taken its place")
 
 
-def _pidfd(pid: int) -> int:
-    try:
-        return os.pidfd_open(pid) if pid > 0 else -1
-    except OSError:
-        return -1
+def _watch(*pids: int) -> list[FileIO]:
+    """Return pidfds of those that are alive, as objects: whatever a signal handler raises, they are closed."""
+    watched = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            watched.append(FileIO(os.pidfd_open(pid)))
+    return watched
 
 
-def _wait_all(pidfds: list[int]) -> None:
+def _wait_all(watched: list[FileIO]) -> None:
     deadline = time.monotonic() + STOP_S
-    try:
-        for fd in pidfds:
+    for pidfd in watched:
+        with pidfd:
             poll = select.poll()
-            poll.register(fd, select.POLLIN)
+            poll.register(pidfd, select.POLLIN)
             while not _poll(poll) and time.monotonic() < deadline:
                 pass
-    finally:
-        wire.close_all(tuple(pidfds))
 
 
 def _poll(poll: select.poll) -> bool:
