@@ -28,7 +28,7 @@ from userfault.pager.wire import Message
 from userfault.retry import RetryPolicy, check_retry_policy
 from userfault.shield import to_the_end
 from userfault.stats import RegionStats, read_stats
-from userfault.stores import Store
+from userfault.stores import FileStore, Store
 from userfault.stores.base import check_store
 
 TYPE_CHECKING = False
@@ -98,6 +98,8 @@ class Region:
         self._link.check()
         self._map = open_mapping(self._pager, self._geometry, terms, recipe)
         self._pins = Pins(self._map.ledger)
+        self._kept: dict[tuple[int, int], list[Pin]] = {}
+        """What `pin` has pinned, by range."""
         self._pid = os.getpid()
         self._closed = False
 
@@ -192,25 +194,86 @@ class Region:
         Raises:
             As `ensure`; ValueError also if more would be pinned at once than the budget holds.
         """
+        pin, start, end = self._new_pin(offset, length, write)
+        try:
+            self._bring(pin, write)
+            with self._view() as whole, whole[start:end] as view:
+                yield view
+        finally:
+            self._let_go(pin)
+
+    def pin(self, offset: int = 0, length: int | None = None, write: bool = False) -> None:
+        """Like `pinned`, until `unpin` is called with the same range; as often as it was pinned.
+
+        Raises:
+            As `pinned`.
+        """
+        pin, start, end = self._new_pin(offset, length, write)
+        try:
+            self._bring(pin, write)
+            self._kept.setdefault((start, end), []).append(pin)
+        except BaseException:
+            self._let_go(pin)
+            raise
+
+    def unpin(self, offset: int = 0, length: int | None = None) -> None:
+        """End one `pin` of just this range.
+
+        Raises:
+            ValueError: if this range is not pinned, though parts of it may be.
+            RegionClosedError: if it is closed.
+        """
+        self._check()
+        key = self._geometry.check_range(offset, length)
+        try:
+            pin = self._kept[key].pop()
+        except (KeyError, IndexError):
+            raise ValueError(f"bytes {key[0]} to {key[1]} were not pinned by pin() as one range") from None
+        self._let_go(pin)
+
+    def advise(self, advice: str, offset: int = 0, length: int | None = None) -> None:
+        """Say how a range will be used, as `madvise(2)` does. It changes what is done, never what is read.
+
+        Args:
+            advice: `"willneed"`: as `prefetch`. `"dontneed"`: as `evict`.
+            offset: Bytes from the start.
+            length: Bytes; None: to the end.
+
+        Raises:
+            ValueError: if the advice is none, or the range is not inside the region.
+            PagerLostError, RegionClosedError: if there is nobody to ask.
+        """
+        if advice == "willneed":
+            self.prefetch(offset, length)
+        elif advice == "dontneed":
+            self.evict(offset, length)
+        else:
+            raise ValueError(f"advice must be 'willneed' or 'dontneed', got {advice!r}")
+
+    def _new_pin(self, offset: int, length: int | None, write: bool) -> tuple[Pin, int, int]:
+        """Return a pin of a range, which nobody has yet, and the range in bytes."""
         first, stop, start, end = self._blocks(offset, length, write)
-        most = UNLIMITED_BLOCKS if self._budget is None else self._budget // self.block_size
-        if stop - first > most:
+        if stop - first > self._most():
             raise ValueError(
                 f"{end - start} bytes are more than the budget of {self._budget} bytes holds at once; "
                 "ask for less, or open the region with a larger budget="
             )
-        pin = Pin(first, stop)
+        return Pin(first, stop), start, end
+
+    def _most(self) -> int:
+        return UNLIMITED_BLOCKS if self._budget is None else self._budget // self.block_size
+
+    def _bring(self, pin: Pin, write: bool) -> None:
+        self._pins.add(pin, self._most())
+        flags = wire.WRITE if write else 0
+        self._ask(Message(wire.ENSURE, 0, self._map.identity, pin.first, pin.stop, flags=flags))
+
+    def _let_go(self, pin: Pin) -> None:
         try:
-            self._pins.add(pin, most)
-            self._ask(Message(wire.ENSURE, 0, self._map.identity, first, stop, flags=wire.WRITE if write else 0))
-            with self._view() as whole, whole[start:end] as view:
-                yield view
-        finally:
-            try:
-                self._unpin(pin)
-            except BaseException:  # a signal handler's: pins must not be left behind
-                self._unpin(pin)
-                raise
+            self._unpin(pin)
+        except BaseException:  # a signal handler's: pins must not be left behind
+            self._unpin(pin)
+            raise
 
     def _unpin(self, pin: Pin) -> None:
         if self._pid == os.getpid():  # not in a child that was forked meanwhile
@@ -278,6 +341,35 @@ class Region:
         self._check()
         if self._mode == "r+":
             self._ask(Message(wire.FLUSH, 0, self._map.identity))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole region to another file, such as changes that a broken store does not take.
+
+        Blocks that can neither be had from memory nor from the store are left out, as a hole in the file.
+
+        Raises:
+            StoreError: the first reason why a block was left out; the rest is in the file.
+            ValueError: if the file is the region's own store.
+            OSError: if the file cannot be written.
+            PagerLostError, RegionClosedError: if there is nobody to ask.
+        """
+        self._check()
+        if isinstance(self._store, FileStore) and self._store.lies_in(path):
+            raise ValueError(f"{os.fsdecode(path)!r} is the region's own file; flush() writes changes back to it")
+        first_error: StoreError | None = None
+        with open(path, "wb") as file:
+            file.truncate(self.size)
+            for start in range(0, self.size, self.block_size):
+                try:
+                    with self.pinned(start, min(self.block_size, self.size - start)) as block:
+                        file.seek(start)
+                        file.write(block)
+                except StoreError as error:
+                    first_error = first_error or error
+            file.flush()
+            os.fsync(file.fileno())
+        if first_error is not None:
+            raise first_error
 
     def _blocks(self, offset: int, length: int | None, write: bool) -> tuple[int, int, int, int]:
         self._check()

@@ -43,6 +43,8 @@ W_ATTEMPTS, W_BACKOFF, W_LONGEST, W_JITTER, W_TIMEOUT = range(9, 14)
 W_DEATHS, W_ERRORS = range(14, 16)
 # Written by the application: microseconds between write-backs in the background; 0: none.
 W_SYNC = 16
+# Written by the worker: how many workers in a row have died while they were in the store's `write`.
+W_WRITE_DEATHS = 17
 # The counters: written by the worker.
 COUNTERS = 32
 FAULTS, FILLED, BYTES_READ, EVICTIONS, FAILURES, DUPLICATES, RESIDENT, PRIVATE, CPU, RETRIES = range(

@@ -108,6 +108,10 @@ class Calls:
         self._unsent.append(message)
         self._send_retired()
 
+    def retiring(self) -> list[Call]:
+        """Return the ends of regions that have not been answered: changes are still being written back, perhaps."""
+        return [call for call in list(self._waiting.values()) if isinstance(call, _Retired)]
+
     def _send_retired(self) -> None:
         """Send what the socket takes; the rest goes out as answers come in."""
         while not self._over:

@@ -174,6 +174,11 @@ class Link:
         while not call.answered.is_set:  # a finalizer, which the garbage collector runs in the listening thread
             self._hear_one()
 
+    def await_retired(self) -> None:
+        """Wait until the regions that nobody holds any more have ended."""
+        for call in self.calls.retiring():
+            self._wait(call)
+
     def _is_listener(self) -> bool:
         return threading.get_ident() == self._thread.ident
 

@@ -60,6 +60,9 @@ PATIENCE = 200
 """How often a refusal to protect pages is met by another try, 1 ms apart."""
 GONE = (0, errno.ENOENT, errno.ESRCH)
 """Done; or nobody is there any more who could write."""
+NOT_TAKEN, NOT_DURABLE = "the store could not be written to", "the store could not make its bytes durable"
+MOST_DEATHS = 3
+"""Workers that may end in a store's `write` before the flush fails; the next one tries again."""
 HIGH, LOW = 2, 4
 """Cleaning begins when one in HIGH of the blocks that the budget holds is dirty, and goes on until one in LOW is."""
 
@@ -80,6 +83,9 @@ class WriteBack:
         self._kept: bytes | None = None
         """The first error that nobody has been told of."""
         self._flushes: deque[tuple[Done | None, bool]] = deque()
+        self._giving: dict[object, int] = {}
+        """By thread: since when (ns) it is in the store's `write`."""
+        self._deaths: int = region.ledger.words[book.W_WRITE_DEATHS]
         self._interval = region.ledger.words[book.W_SYNC] * 1000
         self._synced = time.perf_counter_ns()
         self._wanted = 0
@@ -121,7 +127,17 @@ class WriteBack:
             return self._rounds != before and not self._failed
 
     def tick(self, now: int) -> None:
-        """Flush in the background if it is time (`Region(sync_interval=)`). Called twice a second."""
+        """Flush in the background if it is time (`Region(sync_interval=)`). Called twice a second.
+
+        A write that takes too long cannot be abandoned as a read can: it might still arrive, over what was written
+        after it. So the worker ends, and the write with it.
+        """
+        limit = self.region.source.retries.timeout_ns
+        if limit and any(now - since > limit for since in list(self._giving.values())):
+            failure.report(
+                f"{self.region.source.name}: a write did not return in {limit / 1e9:g} s; the worker is replaced"
+            )
+            os._exit(1)
         if self._interval and now - self._synced >= self._interval:
             self._synced = now
             if self.dirty or self._unsafe:
@@ -318,9 +334,9 @@ class WriteBack:
 
     def _give_range(self, start: int, data: memoryview) -> StoreError | None:
         region, failed = self.region, 0
-        while (error := region.source.write(start, data)) is not None:
+        while (error := self._ask(start, data)) is not None:
             failed += 1
-            said = failure.describe(error, region.source.name, start, len(data), failed)
+            said = failure.describe(error, region.source.name, start, len(data), failed, NOT_TAKEN)
             if not region.source.retries.allow(failed, said):
                 return said
             region.counters.add(book.RETRIES)
@@ -329,13 +345,32 @@ class WriteBack:
         region.on_settled()
         return None
 
+    def _ask(self, start: int, data: memoryview) -> BaseException | None:
+        """Make one attempt, known to whoever watches the clock, and to the successor of a worker that dies of it."""
+        source, words, me = self.region.source, self.region.ledger.words, object()
+        if not source.foreign:
+            return source.write(start, data)
+        if self._deaths >= MOST_DEATHS:
+            cause = f"{self._deaths} workers have ended in it, or waited for it longer than the timeout"
+            self._deaths = words[book.W_WRITE_DEATHS] = 0
+            return StoreError("its write does not return", cause=cause, permanent=True)
+        words[book.W_WRITE_DEATHS] = self._deaths + 1
+        self._giving[me] = time.perf_counter_ns()
+        error = source.write(start, data)
+        del self._giving[me]
+        self._deaths = words[book.W_WRITE_DEATHS] = 0
+        return error
+
     def _settle(self, block: int, *, written: bool) -> None:
-        """End the write of one block: it is clean if it was written and nobody has written to it meanwhile."""
+        """End the write of one block: it is clean if it was written and nobody has written to it meanwhile.
+
+        A pinned block stays dirty: a device that holds its pages may write to them, and no protection would show it.
+        """
         region = self.region
         while region.claims.setdefault(block, WRITING) is not WRITING:
             time.sleep(CLAIM_S)
         if region.states[block] == FLUSHING:
-            if written:
+            if written and not region.pins[block]:
                 self._unsafe.add(block)
                 self.dirty.pop(block, None)
                 region.states[block] = CLEAN
@@ -355,7 +390,7 @@ class WriteBack:
             return None
         for block in pending:
             self._make_dirty(block)
-        return failure.describe(error, region.source.name, 0, 0, 1)
+        return failure.describe(error, region.source.name, 0, 0, 1, NOT_DURABLE)
 
     def _make_dirty(self, block: int) -> None:
         region = self.region

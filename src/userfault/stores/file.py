@@ -313,6 +313,13 @@ class FileStore(Store):
         """Return the file's identity and the part."""
         return self._identity, self._offset, self.size
 
+    def lies_in(self, path: str | os.PathLike[str]) -> bool:
+        """Return whether a path means this store's file."""
+        try:
+            return identify(os.stat(path))[:2] == self._identity[:2]
+        except FileNotFoundError:
+            return False
+
     def describe(self) -> str:
         """Return the path, and the part if it is not the whole."""
         whole = not self._offset and self.size == self._identity[2]
