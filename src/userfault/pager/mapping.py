@@ -29,7 +29,6 @@ import os
 import sys
 import time
 import weakref
-from dataclasses import dataclass
 
 from userfault.blocks import ledger as book
 from userfault.blocks.ledger import Layout, Ledger
@@ -59,15 +58,17 @@ _lost: list[weakref.ref[Mapping]] = []
 """Those of them whose memory has gone without a word to the pager."""
 
 
-@dataclass(frozen=True, slots=True)
 class Terms:
     """How a region is served."""
 
-    mode: str
-    budget: int | None
-    retries: RetryPolicy
-    sync_interval: float | None = None
-    """Seconds."""
+    __slots__ = ("budget", "mode", "retries", "sync_interval")
+
+    def __init__(self, mode: str, budget: int | None, retries: RetryPolicy, sync_interval: float | None) -> None:
+        self.mode = mode
+        self.budget = budget
+        self.retries = retries
+        self.sync_interval = sync_interval
+        """Seconds; None: nothing is written back but for the budget, at a flush and at the end."""
 
 
 class Mapping(mmap.mmap):
