@@ -142,6 +142,7 @@ ioctl(FIOCLEX)                  Aswt     EPERM
 wait4                           ASW      EINTR
 pidfd_open                      ASW      ENOMEM EMFILE ENFILE EPERM ENODEV
 pidfd_send_signal               SW       EPERM
+newfstatat(pidfd)               A        ENOMEM
 close(pidfd)                    ASW
 rt_sigaction                    ALsSwWtT EPERM
 rt_sigprocmask                  ALSWT    EPERM

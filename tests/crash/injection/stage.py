@@ -173,7 +173,7 @@ class Stage:
                 stdout=subprocess.DEVNULL,
                 stderr=self._err,
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
+                env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "PYTHONDEVMODE": ""},  # twice as slow there
                 start_new_session=True,
             )
 
