@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import warnings
+from numbers import Real
 from threading import RLock
 
 from userfault.blocks import geometry as units
@@ -21,9 +22,10 @@ from userfault.errors import PagerLostError, RegionClosedError, StoreError
 from userfault.kernel import process
 from userfault.pager import wire
 from userfault.pager.client import Pager, check_pager
-from userfault.pager.mapping import check_mode, forsake, open_mapping
+from userfault.pager.mapping import Terms, check_mode, forsake, open_mapping
 from userfault.pager.recipe import Recipe
 from userfault.pager.wire import Message
+from userfault.residence import Residence
 from userfault.retry import RetryPolicy, check_retry_policy
 from userfault.shield import to_the_end
 from userfault.stats import RegionStats, read_stats
@@ -32,28 +34,32 @@ from userfault.stores.base import check_store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import TracebackType
     from typing import Self
 
-UNLIMITED_BLOCKS = 1 << 62
+_CHANGED = {int(state) for state in (BlockState.DIRTY, BlockState.FLUSHING, BlockState.PRIVATE)}
+_SHORTEST_S, _LONGEST_S = 0.5, 1e9
 SMALLEST_BUDGET = 4
 """Blocks of an automatic budget, however little memory there is."""
 
 
-class Region:
+class Region(Residence):
     """Memory whose pages come from a store at the first touch.
 
     Args:
         store: Where the bytes live. It travels to the pager by pickle.
-        mode: As `numpy.memmap`: `"r"` read only; `"c"` copy on write: changes stay in memory and never reach the store.
+        mode: As `numpy.memmap`: `"r"` read only; `"r+"` changes are written back to the store, which must be writable;
+            `"c"` copy on write: changes stay in memory and never reach the store.
         block_size: What is brought in at once, in bytes or as text: a power of two from one page to 2 MiB.
-        budget: The most bytes to keep in memory; the oldest clean blocks are dropped beyond it. None: half of what is
-            available now (the machine's and the cgroup's, the smaller). `math.inf`: no limit. Private and pinned blocks
-            are never dropped for it, nor are the four that came in last, since one instruction may need as many.
+        budget: The most bytes to keep in memory; the oldest clean blocks are dropped beyond it, and in mode `r+` dirty
+            ones when they have been written back. None: half of what is available now (the machine's and the cgroup's,
+            the smaller). `math.inf`: no limit. Never dropped for it are private and pinned blocks, the four that came
+            in last, since one instruction may need as many, and changes that cannot be written back.
         pager: The pager to answer the faults; None: the default one of this process.
         retry_policy: How often and how patiently the store is asked for a block before the block fails; None: the
-            default `RetryPolicy`.
+            default `RetryPolicy`. It holds for writing back, too.
+        sync_interval: In mode `r+`, seconds between two write-backs in the background, kept to within half a second;
+            None: only as the budget needs it, at `flush` and at the end.
 
     Threads may share a region.  A forked child does not inherit the memory: a touch there is a SIGSEGV, and methods
     raise `RegionClosedError`.  If the store cannot give a block, a touch of it is a SIGBUS; `ensure` raises instead.
@@ -72,6 +78,7 @@ class Region:
         budget: str | float | None = None,
         pager: Pager | None = None,
         retry_policy: RetryPolicy | None = None,
+        sync_interval: float | None = None,
     ) -> None:
         self._closed = True  # until it is open
         self._warns = True
@@ -82,12 +89,16 @@ class Region:
         self._chooses_budget = budget is None
         self._budget = self._choose_budget(budget)
         self._retry_policy = check_retry_policy(retry_policy)
+        terms = Terms(self._mode, self._budget, self._retry_policy, _check_interval(sync_interval, self._mode))
+        _check_writable(self._store, self._mode)
         recipe = Recipe(store)
         self._pager = check_pager(pager)
         self._link = self._pager.link
         self._link.check()
-        self._map = open_mapping(self._pager, self._geometry, self._mode, self._budget, self._retry_policy, recipe)
+        self._map = open_mapping(self._pager, self._geometry, terms, recipe)
         self._pins = Pins(self._map.ledger)
+        self._kept: dict[tuple[int, int], list[Pin]] = {}
+        """What `pin` has pinned, by range."""
         self._pid = os.getpid()
         self._closed = False
 
@@ -123,7 +134,7 @@ class Region:
 
     @property
     def mode(self) -> str:
-        """`"r"` or `"c"`."""
+        """`"r"`, `"r+"` or `"c"`."""
         return self._mode
 
     @property
@@ -150,125 +161,6 @@ class Region:
     def closed(self) -> bool:
         """Whether it was closed, or belongs to the process that this one was forked from."""
         return self._closed or self._pid != os.getpid()
-
-    # -- bringing in and dropping ----------------------------------------------------------------------------
-
-    def ensure(self, offset: int = 0, length: int | None = None, write: bool = False) -> None:
-        """Bring a range into memory; it is there when this returns. Rounded outward to blocks.
-
-        Use it where a touch could only raise a signal: errors of the store come as an exception. The blocks may be
-        evicted again later; `pinned` keeps them.
-
-        Args:
-            offset: Bytes from the start.
-            length: Bytes; None: to the end.
-            write: Give write access too (mode `c`): the blocks become private.
-
-        Raises:
-            StoreError: if the store cannot give a block; names store, offset and cause.
-            ValueError: if the range is not inside the region, or larger than the budget; or `write` in mode `r`.
-            PagerLostError, RegionClosedError: if there is nobody to ask.
-        """
-        with self.pinned(offset, length, write):
-            pass
-
-    @contextlib.contextmanager
-    def pinned(self, offset: int = 0, length: int | None = None, write: bool = False) -> Iterator[memoryview]:
-        """Like `ensure`, and the range stays in memory inside the `with` block, whose value is a view of it.
-
-        Threads and nesting are fine: a block can be pinned 255 times at once. For system calls without privilege, and
-        for devices that hold on to pages (`O_DIRECT`, registered io_uring buffers).
-
-        Raises:
-            As `ensure`; ValueError also if more would be pinned at once than the budget holds.
-        """
-        first, stop, start, end = self._blocks(offset, length, write)
-        most = UNLIMITED_BLOCKS if self._budget is None else self._budget // self.block_size
-        if stop - first > most:
-            raise ValueError(
-                f"{end - start} bytes are more than the budget of {self._budget} bytes holds at once; "
-                "ask for less, or open the region with a larger budget="
-            )
-        pin = Pin(first, stop)
-        try:
-            self._pins.add(pin, most)
-            self._ask(Message(wire.ENSURE, 0, self._map.identity, first, stop, flags=wire.WRITE if write else 0))
-            with self._view() as whole, whole[start:end] as view:
-                yield view
-        finally:
-            try:
-                self._unpin(pin)
-            except BaseException:  # a signal handler's: pins must not be left behind
-                self._unpin(pin)
-                raise
-
-    def _unpin(self, pin: Pin) -> None:
-        if self._pid == os.getpid():  # not in a child that was forked meanwhile
-            self._pins.remove(pin)
-
-    def prefetch(self, offset: int = 0, length: int | None = None, wait: bool = False) -> None:
-        """Begin to bring a range in, at most as much as the budget holds. Rounded outward to blocks.
-
-        Args:
-            offset: Bytes from the start.
-            length: Bytes; None: to the end.
-            wait: Return only when it is done, and raise if it failed.
-
-        Raises:
-            StoreError: with `wait`, as `ensure`.
-            ValueError: if the range is not inside the region.
-            PagerLostError, RegionClosedError: if there is nobody to ask.
-        """
-        first, stop, _, _ = self._blocks(offset, length, write=False)
-        if self._budget is not None:
-            stop = min(stop, first + self._budget // self.block_size)
-        message = Message(wire.ENSURE, 0, self._map.identity, first, stop, flags=0 if wait else wire.NO_ANSWER)
-        if wait:
-            self._ask(message)
-        else:
-            self._link.check()
-            self._link.calls.tell(message)
-
-    def evict(self, offset: int = 0, length: int | None = None) -> int:
-        """Drop the blocks that lie wholly inside a range from memory; the next touch brings them in again.
-
-        Private and pinned blocks stay.
-
-        Returns:
-            Bytes dropped.
-
-        Raises:
-            ValueError: if the range is not inside the region.
-            PagerLostError, RegionClosedError: if there is nobody to ask.
-        """
-        self._check()
-        first, stop = self._geometry.inward(*self._geometry.check_range(offset, length))
-        return self._ask(Message(wire.EVICT, 0, self._map.identity, first, stop)).a
-
-    def retry(self, offset: int = 0, length: int | None = None) -> None:
-        """Bring a range in, asking the store once more for blocks that failed. Rounded outward to blocks.
-
-        Raises:
-            StoreError: if a block fails again.
-            ValueError, PagerLostError, RegionClosedError: as `ensure`.
-        """
-        first, stop, _, _ = self._blocks(offset, length, write=False)
-        self._ask(Message(wire.RETRY, 0, self._map.identity, first, stop))
-
-    def flush(self) -> None:
-        """Write changes back: there are none, since mode `r` makes none and mode `c` keeps its own.
-
-        Raises:
-            RegionClosedError: if it is closed.
-        """
-        self._check()
-
-    def _blocks(self, offset: int, length: int | None, write: bool) -> tuple[int, int, int, int]:
-        self._check()
-        if write and self._mode == "r":
-            raise ValueError("write access to a region of mode 'r'; open it with mode='c'")
-        start, end = self._geometry.check_range(offset, length)
-        return *self._geometry.outward(start, end), start, end
 
     # -- looking ---------------------------------------------------------------------------------------------
 
@@ -299,10 +191,11 @@ class Region:
     # -- the end ---------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Take the memory away; closing twice is fine.
+        """Write changes back (mode `r+`), and take the memory away; closing twice is fine.
 
         Raises:
             BufferError: if a view of the memory is alive; nothing is changed then.
+            StoreError: as `flush`; the region stays open then.
         """
         if self.closed:  # also in a forked child, where the lock may be held for ever
             return
@@ -314,8 +207,15 @@ class Region:
                     "a view of the region's memory is alive; delete it, or release() the memoryview, first"
                 )
             self._closed = True  # no view is made from now on
-        forsake(self._map)
+        self._forsake()
         self._map.close()
+
+    def _forsake(self) -> None:
+        try:
+            forsake(self._map)
+        except StoreError:
+            self._closed = False  # it holds what could not be written back
+            raise
 
     def _ask(self, message: Message) -> Message:
         try:
@@ -346,7 +246,7 @@ class Region:
             if self._closed:
                 return
             self._closed = True
-        forsake(self._map)
+        self._forsake()
 
     def owned_by_views(self) -> None:
         """Let the region end with its last view, as `numpy.memmap` does; to forget it is then no mistake."""
@@ -363,19 +263,21 @@ class Region:
     def __reduce__(self) -> tuple[functools.partial[Self], tuple[()]]:
         """Pickle what opens the same store anew, on the default pager of the process that unpickles it.
 
-        A forked child may pickle a region of mode `r` that it has inherited.
+        A forked child may pickle a region of mode `r` that it has inherited. Of a region of mode `r+` comes one of mode
+        `r`: two that write to one store would undo each other's changes.
 
         Raises:
-            RegionClosedError: if it is closed; or of mode `c` and in a forked child, which cannot see the changes.
+            RegionClosedError: if it is closed; or not of mode `r` and in a forked child, which cannot see the changes.
             ValueError: if it has changes in memory.
         """
         if self._closed or self._mode != "r":
             self._check()
-            if BlockState.PRIVATE in self.residency():
-                raise ValueError("changes in the region's memory would be lost: pickle its bytes, or its store")
+            if not _CHANGED.isdisjoint(self.residency()):
+                remedy = "flush() it first" if self._mode == "r+" else "pickle its bytes, or its store"
+                raise ValueError(f"changes in the region's memory would be lost: {remedy}")
         options = {
             "budget": None if self._chooses_budget else math.inf if self._budget is None else self._budget,
-            "mode": self._mode,
+            "mode": "r" if self._mode == "r+" else self._mode,
             "block_size": self.block_size,
             "retry_policy": self._retry_policy,
         }
@@ -407,3 +309,23 @@ def _check_store(store: object) -> Store:
             f"store must be a userfault.stores.Store, not {type(store).__name__}; for a path use FileStore(path)"
         )
     return check_store(store)
+
+
+def _check_writable(store: Store, mode: str) -> None:
+    if mode == "r+" and not store.writable:
+        raise ValueError(
+            f"mode='r+' writes back, and {store.describe()} is not writable; "
+            "for a file pass FileStore(path, writable=True); mode='c' keeps changes in memory"
+        )
+
+
+def _check_interval(value: object, mode: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"sync_interval must be a number of seconds or None, not {value!r}")
+    if mode != "r+":
+        raise ValueError(f"sync_interval={value!r} is for mode='r+', which writes back; this is mode={mode!r}")
+    if not _SHORTEST_S <= float(value) <= _LONGEST_S:
+        raise ValueError(f"sync_interval must be from {_SHORTEST_S:g} to {_LONGEST_S:g} seconds, got {value!r}")
+    return float(value)

@@ -52,15 +52,15 @@ class RegionStats:
     """
 
     faults: int
-    """Faults that were answered: blocks brought in for a touch, and first writes in mode `c`."""
+    """Faults that were answered: blocks brought in for a touch, and first writes to a block."""
     blocks_filled: int
     """Blocks brought in, by touch or by request."""
     bytes_read: int
     bytes_written: int
-    """Always 0 in the modes `r` and `c`, which never write back."""
+    """Written back, in mode `r+`."""
     resident_bytes: int
     dirty_bytes: int
-    """Always 0 in the modes `r` and `c`."""
+    """Changed in mode `r+` and not yet written back; whole blocks."""
     private_bytes: int
     """Changed in mode `c`."""
     pinned_bytes: int
@@ -99,9 +99,9 @@ def read_stats(ledger: Ledger, pinned_blocks: int) -> RegionStats:
         faults=words[book.FAULTS],
         blocks_filled=words[book.FILLED],
         bytes_read=words[book.BYTES_READ],
-        bytes_written=0,
+        bytes_written=words[book.BYTES_WRITTEN],
         resident_bytes=min(words[book.RESIDENT], size),
-        dirty_bytes=0,
+        dirty_bytes=min(words[book.DIRTY], size),
         private_bytes=min(words[book.PRIVATE], size),
         pinned_bytes=min(pinned_blocks * block_size, size),
         evictions=words[book.EVICTIONS],

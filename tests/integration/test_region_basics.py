@@ -187,9 +187,9 @@ def test_ensure_for_writing_makes_blocks_private(private: Region) -> None:
 
 
 def test_writing_is_refused_in_mode_r(region: Region) -> None:
-    with pytest.raises(ValueError, match="mode='c'"):
+    with pytest.raises(ValueError, match="mode='r\\+' or 'c'"):
         region.ensure(0, 1, write=True)
-    with pytest.raises(ValueError, match="mode='c'"), region.pinned(0, 1, write=True):
+    with pytest.raises(ValueError, match="mode='r\\+' or 'c'"), region.pinned(0, 1, write=True):
         pass
     assert not any(region.residency())
 

@@ -24,6 +24,7 @@ _LEVELS = {
     "retry": 2,
     "interrupts": 2,
     "stats": 4,
+    "residence": 4,
     "region": 5,
     "exported": 5,
     "arrays": 6,

@@ -27,6 +27,18 @@ class TestFileStore(StoreTests):
         os.utime(tmp_path / "data", ns=(0, 12345))
 
 
+class TestWritableFileStore(StoreTests):
+    def make_store(self, data: bytes, tmp_path: Path) -> Store:
+        (tmp_path / "data").write_bytes(data)
+        return FileStore(tmp_path / "data", writable=True)
+
+    def lose_backing(self, store: Store, tmp_path: Path) -> None:
+        (tmp_path / "data").unlink()
+
+    def change_backing(self, store: Store, tmp_path: Path) -> None:
+        os.truncate(tmp_path / "data", 10)  # the time changes by our own hand
+
+
 class TestPartOfFile(StoreTests):
     """An odd piece from the middle, longer than what is examined at a time."""
 

@@ -134,9 +134,58 @@ def test_a_file_that_may_not_be_read_is_refused(path: Path) -> None:
     assert text.startswith("[Errno 13] Permission denied: ")
 
 
-def test_writing_is_not_available_yet(path: Path) -> None:
-    with pytest.raises(ValueError, match="writable=True: writing back to files is not available yet"):
+def open_to_write(path: str) -> str:
+    os.setuid(65534)
+    try:
         FileStore(path, writable=True)
+    except PermissionError as error:
+        return str(error)
+    return "opened"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_a_file_that_may_not_be_written_to_is_refused(path: Path) -> None:
+    path.chmod(0o644)
+    for folder in list(path.parents)[:3]:
+        folder.chmod(0o755)
+
+    assert run_child(open_to_write, str(path)).check().value.startswith("[Errno 13] Permission denied: ")
+
+
+def test_what_is_written_is_read_and_no_change_by_somebody_else(path: Path) -> None:
+    store, other = FileStore(path, 100, 5000, writable=True), FileStore(path)
+    before = path.read_bytes()
+
+    assert read_bytes(store, 0, 10) == before[100:110]
+    store.write(4990, memoryview(b"0123456789"))
+    store.flush()
+
+    assert read_bytes(store, 4985, 15) == before[5085:5090] + b"0123456789"
+    assert path.read_bytes() == before[:5090] + b"0123456789" + before[5100:]
+    with pytest.raises(StoreError, match="it has been written to"):
+        read_bytes(other, 0, 1)
+    with pytest.raises(ValueError, match="outside its 5000 bytes"):
+        store.write(4991, memoryview(b"0123456789"))
+    store.close()
+    other.close()
+
+
+@pytest.mark.parametrize("change", ["cut off", "replaced", "removed"])
+def test_a_file_that_is_no_longer_the_same_is_not_written_to(path: Path, change: str) -> None:
+    store = FileStore(path, writable=True)
+    store.write(0, memoryview(b"before"))
+    if change == "cut off":
+        os.truncate(path, 10)
+    else:
+        path.unlink()
+    if change == "replaced":
+        path.write_bytes(bytes(store.size))
+
+    with pytest.raises(StoreError, match=r"changed beneath us|cannot be written to"):
+        store.write(0, memoryview(b"after"))
+
+    assert not path.exists() or b"after" not in path.read_bytes()
+    store.close()
 
 
 @pytest.mark.parametrize(

@@ -54,11 +54,11 @@ def test_kinds_have_numbers_of_their_own() -> None:
     numbers = [
         NUMBERS[name]
         for name in NUMBERS
-        if name not in {"WRITE", "NO_ANSWER", "MAX_MESSAGE", "MAX_FDS", "EXPORT_FDS", "TRIES"}
+        if name not in {"WRITE", "NO_ANSWER", "FORCE", "WRITTEN", "MAX_MESSAGE", "MAX_FDS", "EXPORT_FDS", "TRIES"}
     ]
     assert len(set(numbers)) == len(numbers) >= 16
     assert all(0 < number < 256 for number in numbers)
-    assert wire.WRITE & wire.NO_ANSWER == 0
+    assert wire.WRITE & wire.NO_ANSWER == wire.FORCE & wire.WRITTEN == 0
 
 
 def test_numbers_that_do_not_fit_are_refused_here_not_there() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 
 import numpy as np
 
+from userfault.arrays.creating import check_shape, create, is_npy
 from userfault.arrays.header import Header, check_dtype, read_header
 from userfault.arrays.lease import Lease
 from userfault.arrays.paged import PagedArray, array_of
@@ -37,20 +37,24 @@ def open_array(  # noqa: PLR0913  # all of the array's options and all of its re
     store_options: Mapping[str, object] | None = None,
     *,
     retry_policy: RetryPolicy | None = None,
+    sync_interval: float | None = None,
 ) -> PagedArray:
     """Open a file or a store as an array that is brought in block by block, at the first touch.
 
     Args:
         source: A path or a store. A `.npy` file is recognised by its first bytes; anything else is raw items.
-        mode: `"r"`: read only. `"c"`: copy on write: changes stay in memory.
+        mode: As `numpy.memmap`: `"r"`: read only. `"r+"`: changes are written back to the store. `"w+"`: the same, in a
+            new file of zeros, which takes the place of any other; it becomes a `.npy` file if its name says so. `"c"`:
+            copy on write: changes stay in memory.
         dtype: Type of raw items, `uint8` by default; for a `.npy` file, what it has to be.
         shape: Shape of raw items, by default one dimension to the end; for a `.npy` file, what it has to be.
         offset: Bytes before the first raw item.
-        order: `"C"` or `"F"`, for raw items.
+        order: `"C"` or `"F"`, for raw items, and for a new file.
         block_size: As `Region`.
         budget: As `Region`.
         store_options: Options of the store that a path is opened with; files have none.
         retry_policy: As `Region`.
+        sync_interval: As `Region`.
 
     Returns:
         The array. Its `region` gives statistics, residency and eviction.
@@ -67,10 +71,15 @@ def open_array(  # noqa: PLR0913  # all of the array's options and all of its re
         >>> float(a[10:20].sum())
         145.0
     """
-    store = open_store(source)
+    layout = _check_order(order)
+    if mode == "w+":
+        create(source, dtype, shape, offset, layout)
+        mode = "r+"
+        if is_npy(source):  # it says the rest itself
+            offset, layout = 0, "C"
+    store = open_store(source, writable=mode == "r+")
     if store_options:
         raise ValueError(f"store_options {sorted(store_options)} were given, but {store.describe()} takes none")
-    layout = _check_order(order)
     try:
         header = _npy(store, dtype, shape, offset, layout) or _raw(store, dtype, shape, offset, layout)
     finally:
@@ -79,7 +88,7 @@ def open_array(  # noqa: PLR0913  # all of the array's options and all of its re
         raise ValueError(
             f"{store.describe()}: an array of shape {header.shape} has no bytes; a region needs at least one"
         )
-    region = Region(store, mode, block_size, budget, retry_policy=retry_policy)
+    region = Region(store, mode, block_size, budget, retry_policy=retry_policy, sync_interval=sync_interval)
     region.owned_by_views()
     try:
         return array_of(Lease(region), header.shape, header.dtype, header.offset, order=header.order)
@@ -105,9 +114,9 @@ def _npy(
         raise ValueError(
             f"{store.describe()} holds {header.dtype}, not dtype={np.dtype(dtype)}; leave dtype out to take it as it is"
         )
-    if shape is not None and _shape(shape) != header.shape:
+    if shape is not None and check_shape(shape) != header.shape:
         raise ValueError(
-            f"{store.describe()} has shape {header.shape}, not shape={_shape(shape)}; "
+            f"{store.describe()} has shape {header.shape}, not shape={check_shape(shape)}; "
             "leave shape out to take it as it is"
         )
     return header
@@ -130,7 +139,7 @@ def _raw(
         if room % kind.itemsize:
             raise ValueError(f"{room} bytes are no whole number of {kind} items of {kind.itemsize} bytes; give shape=")
         return Header((room // kind.itemsize,), kind, order, start)
-    header = Header(_shape(shape), kind, order, start)
+    header = Header(check_shape(shape), kind, order, start)
     if header.nbytes > room:
         raise ValueError(
             f"shape {header.shape} of {kind} takes {header.nbytes} bytes, "
@@ -145,11 +154,3 @@ def _check_order(order: str) -> Literal["C", "F"]:
     if order == "F":
         return "F"
     raise ValueError(f"order must be 'C' or 'F', got {order!r}")
-
-
-def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:
-    numbers = shape if isinstance(shape, Iterable) else (shape,)
-    result = tuple(operator.index(n) for n in numbers)
-    if any(n < 0 for n in result):
-        raise ValueError(f"shape {result} has a negative number")
-    return result

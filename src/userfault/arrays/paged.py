@@ -136,7 +136,7 @@ class PagedArray(np.ndarray):  # generic in stubs only
 
         Args:
             index: As between brackets: `numpy.s_[10:20]`; the whole array by default.
-            write: Give write access too (mode `c`).
+            write: Give write access too (modes `r+` and `c`).
 
         Raises:
             IndexError: as NumPy.
@@ -158,7 +158,7 @@ class PagedArray(np.ndarray):  # generic in stubs only
 
         Args:
             index: As between brackets: `numpy.s_[10:20]`; the whole array by default.
-            write: Give write access too (mode `c`).
+            write: Give write access too (modes `r+` and `c`).
 
         Raises:
             IndexError: as NumPy.
@@ -199,18 +199,19 @@ class PagedArray(np.ndarray):  # generic in stubs only
         return recipe_of(self.region, self._offset(self), self)
 
     def flush(self) -> None:
-        """Write changes back: in the modes `r` and `c` there is nothing to write.
+        """Write changes back, of the whole region, and make them durable; see `Region.flush`.
 
         Raises:
-            RegionClosedError: if it was closed.
+            StoreError, PagerLostError, RegionClosedError: as `Region.flush`.
         """
         self.region.flush()
 
     def close(self) -> None:
-        """End the region. The array is detached from the memory first, and is empty afterwards; twice is fine.
+        """End the region, with its changes written back. The array is empty afterwards; twice is fine.
 
         Raises:
             BufferError: if another view of the memory is alive; nothing is changed then.
+            StoreError: if changes could not be written back; nothing is changed then either.
         """
         if self._lease is None:
             return
@@ -221,6 +222,8 @@ class PagedArray(np.ndarray):  # generic in stubs only
                     "another view of the array is alive: delete the slices, arrays and buffers made from it first"
                 )
             region = self.region
+            if last:
+                region.flush()
             self._lease = None
             self._closed = region
             nothing: tuple[Any, ...] = (1, (0,), _NOTHING, False, b"")  # version, shape, type, order, data

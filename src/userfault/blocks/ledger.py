@@ -24,12 +24,15 @@ from bisect import bisect_left
 from userfault.blocks import errors
 from userfault.blocks.errors import ErrorLog
 from userfault.blocks.geometry import PAGE_SIZE, Geometry, round_up
-from userfault.blocks.states import BlockState
 from userfault.kernel import abi, memfd, memory, process
 from userfault.kernel.syscalls import naming
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from userfault.blocks.states import BlockState
+
 MAGIC = 0x31544C5541464655  # "UFFAULT1" would need a ninth byte; any constant does
-READ_ONLY, COPY_ON_WRITE = 0, 1
+READ_ONLY, COPY_ON_WRITE, READ_WRITE = range(3)
 NO_BUDGET = (1 << 64) - 1
 
 # The header: written once by the application.
@@ -38,11 +41,16 @@ W_MAGIC, W_ID, W_ADDRESS, W_SIZE, W_BLOCK_SIZE, W_MODE, W_BUDGET, W_RECIPE, W_RE
 W_ATTEMPTS, W_BACKOFF, W_LONGEST, W_JITTER, W_TIMEOUT = range(9, 14)
 # Written by the worker: how many workers in a row have died while they made the store; how many errors there were.
 W_DEATHS, W_ERRORS = range(14, 16)
+# Written by the application: microseconds between write-backs in the background; 0: none.
+W_SYNC = 16
+# Written by the worker: how many workers in a row have died while they were in the store's `write`.
+W_WRITE_DEATHS = 17
 # The counters: written by the worker.
 COUNTERS = 32
 FAULTS, FILLED, BYTES_READ, EVICTIONS, FAILURES, DUPLICATES, RESIDENT, PRIVATE, CPU, RETRIES = range(
     COUNTERS, COUNTERS + 10
 )
+BYTES_WRITTEN, DIRTY = range(COUNTERS + 10, COUNTERS + 12)
 HISTOGRAM = 128
 BUCKETS = 96
 """Four buckets an octave from 256 ns: the last begins at about 3.6 s."""
@@ -72,12 +80,13 @@ def read_words(fd: int) -> memoryview:
     return words
 
 
-def was_filling(fd: int) -> bool:
-    """Whether a block of the region was being filled when its worker died; for a process that has not mapped it."""
+def has_block(fd: int, *wanted: BlockState) -> bool:
+    """Whether a block of the region is in one of these states; for a process that has not mapped it."""
     words = read_words(fd)
     geometry = Geometry(words[W_SIZE], words[W_BLOCK_SIZE])
     states = memfd.data_extents(fd, geometry.length, geometry.length + round_up(geometry.blocks, PAGE_SIZE))
-    return any(BlockState.FILLING in os.pread(fd, end - start, start) for start, end in states)
+    parts = (os.pread(fd, end - start, start) for start, end in states)
+    return any(state in part for part in parts for state in wanted)
 
 
 class Layout:

@@ -103,10 +103,14 @@ class Calls:
 
     def retire(self, mapping: Mapping) -> None:
         """End a region that nobody holds any more. Called by finalizers, in any thread: does not wait."""
-        message = Message(wire.CLOSE, self.next_id(), mapping.identity)
+        message = Message(wire.CLOSE, self.next_id(), mapping.identity, flags=wire.FORCE)
         self._waiting[message.id] = _Retired(message, mapping)
         self._unsent.append(message)
         self._send_retired()
+
+    def retiring(self) -> list[Call]:
+        """Return the ends of regions that have not been answered: changes are still being written back, perhaps."""
+        return [call for call in list(self._waiting.values()) if isinstance(call, _Retired)]
 
     def _send_retired(self) -> None:
         """Send what the socket takes; the rest goes out as answers come in."""

@@ -75,12 +75,14 @@ class Pager:
         return self._link.open_regions
 
     def close(self) -> None:
-        """End its processes; closing twice is fine.
+        """End its processes, once the changes of regions that were forgotten are written back; twice is fine.
 
         Raises:
             Error: if regions are open; nothing is changed then.
         """
         mapping.end_lost()
+        if not self.closed:
+            self._link.await_retired()
         if not self.closed and self._link.open_regions:
             raise Error(f"{self._link.open_regions} regions are open on this pager; close them first")
         if self._finalizer.detach():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import resource
 import select
@@ -20,6 +21,7 @@ from collections import deque
 
 from userfault.blocks.geometry import PAGE_SIZE
 from userfault.errors import Error, StoreError
+from userfault.latch import Latch
 from userfault.pager import evict, failure, faults, wire
 from userfault.pager.exports import FDS_OF_OUTLET, Exports
 from userfault.pager.fellow import Fellow
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from userfault.kernel.userfaultfd import Userfaultfd
     from userfault.pager.faults import FaultLoop
     from userfault.pager.spawn import Will
+    from userfault.pager.writeback import WriteBack
 
 TICK_MS = 500
 GONE = errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF
@@ -58,6 +61,8 @@ class Control:
         self._opening: dict[int, bool] = {}
         """Regions whose store is being made, in a thread; False once they are not wanted any more."""
         self._made: deque[tuple[Message, Served | StoreError]] = deque()
+        self._later: deque[Message] = deque()
+        """Regions to be closed, now that their changes are written back."""
         self._requests: dict[int, list[Request]] = {}
         self._outbox: deque[Message] = deque()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -79,6 +84,7 @@ class Control:
             wire.BYE: self._bye,
             wire.EXPORT: self._export,
             wire.RENEW: self._renew,
+            wire.FLUSH: self._flush,
         }
 
     # -- the loop --------------------------------------------------------------------------------------------
@@ -99,7 +105,26 @@ class Control:
                     self._tick()
             self._look(ready)
             self._send()
+        self._write_all_back()
         self.fellow.tell(Message(wire.GOODBYE))
+
+    def _write_all_back(self) -> None:
+        """The application is gone: what it has changed must not go with it."""
+        for region in self.regions.values():
+            if region.writeback is None:
+                continue
+            done, patience = Latch(), region.source.retries.patience_ns()
+
+            def ended(error: bytes | None, done: Latch = done) -> None:
+                if error is not None:
+                    failure.report(f"{failure.decode(error)}; changes are lost, since the application has ended")
+                done.set()
+
+            region.on_settled = functools.partial(self.fellow.tell, Message(wire.WRITING, a=patience))
+            region.on_settled()
+            region.writeback.flush(ended)
+            while not done.wait(TICK_MS / 1000):
+                self.fellow.beat()
 
     def _patience(self) -> int:
         """Milliseconds until there is something to do, even if nobody says anything."""
@@ -116,6 +141,8 @@ class Control:
             self.fellow.tell(Message(wire.PROGRESS))
         while self._made:
             self._take_on(*self._made.popleft())
+        while self._later:
+            self._close(self._later.popleft())
         if self.fellow.look(ready):
             self.post(Message(wire.HELLO, a=os.getpid(), b=self.fellow.pid))
         if self.will["application"] in ready:
@@ -131,6 +158,8 @@ class Control:
             region.publish(self.loop.placement.cpu)
             if region.pool is not None:
                 region.pool.watch(time.perf_counter_ns())
+            if region.writeback is not None:
+                region.writeback.tick(time.perf_counter_ns())
         done, error = self.uffd.zeropage(
             1 << 16, PAGE_SIZE
         )  # nothing is registered there: ENOENT from a living process
@@ -266,8 +295,12 @@ class Control:
     def _close(self, message: Message) -> None:
         if message.region in self._opening:
             self._opening[message.region] = False
-        region = self.regions.pop(message.region, None)
+        region = self.regions.get(message.region)
+        if region is not None and region.writeback and not message.flags & wire.WRITTEN:
+            self._write_back_and_close(region.writeback, message)
+            return
         if region is not None:
+            del self.regions[region.id]
             self.loop.remove(region)
             self.fellow.tell(Message(wire.DROP, region=region.id))  # a successor must never serve it again
             region.close((faults.FAULT,))
@@ -277,6 +310,21 @@ class Control:
         elif message.region in self.exports:
             self.exports.close(message.region)
         self.post(Message(wire.OK, message.id))
+
+    def _write_back_and_close(self, writeback: WriteBack, message: Message) -> None:
+        """Close a region when its changes are written back; if they cannot be, it stays, unless that was not asked."""
+
+        def done(error: bytes | None) -> None:
+            if error is not None and not message.flags & wire.FORCE:
+                self.post(Message(wire.FAILED, message.id, text=error))
+                return
+            if error is not None:
+                failure.report(f"{failure.decode(error)}; changes are lost, since nobody holds the region any more")
+            message.flags |= wire.WRITTEN
+            self._later.append(message)
+            self._ring()
+
+        writeback.flush(done)
 
     def _export(self, message: Message) -> None:
         self.exports.open(message)
@@ -316,8 +364,27 @@ class Control:
         request.pool.wants(request)
 
     def _evict(self, message: Message) -> None:
-        dropped = evict.evict_range(self._region(message), message.a, message.b)
-        self.post(Message(wire.OK, message.id, a=dropped))
+        region = self._region(message)
+
+        def drop(_: bytes | None = None) -> None:
+            dropped = evict.evict_range(region, message.a, message.b)
+            self.post(Message(wire.OK, message.id, a=dropped))
+
+        if region.writeback and region.writeback.dirty:
+            region.writeback.flush(drop, durable=False)
+        else:
+            drop()
+
+    def _flush(self, message: Message) -> None:
+        region = self._region(message)
+
+        def done(error: bytes | None) -> None:
+            self.post(Message(wire.FAILED if error else wire.OK, message.id, text=error or b""))
+
+        if region.writeback:
+            region.writeback.flush(done)
+        else:
+            done(None)
 
     def _sync(self, message: Message) -> None:
         self._region(message).publish(self.loop.placement.cpu)

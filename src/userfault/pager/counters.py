@@ -51,11 +51,11 @@ class Counters:
         """Count a fault that did not end in the fault loop."""
         self.add(book.HISTOGRAM + book.bucket_of(nanoseconds))
 
-    def publish(self, words: memoryview, block_size: int, resident: int, cpu: int) -> None:
+    def publish(self, words: memoryview, block_size: int, resident: int, dirty: int, cpu: int) -> None:
         """Write the counters into a ledger's words, if anything has changed. Called by the control thread."""
         with self._lock:
             tally = self._tally[:]
-        now = (tally, sum(self.histogram), self.duplicates, self.private_blocks, resident, cpu)
+        now = (tally, sum(self.histogram), self.duplicates, self.private_blocks, resident, dirty, cpu)
         if now == self._last:
             return
         self._last = now
@@ -65,6 +65,7 @@ class Counters:
                 words[index] = self._base[index - book.COUNTERS] + tally[index]
         words[book.RESIDENT] = resident * block_size
         words[book.PRIVATE] = self.private_blocks * block_size
+        words[book.DIRTY] = dirty * block_size
         words[book.CPU] = cpu & (1 << 64) - 1
 
     def _add_inline(self, tally: list[int], block_size: int) -> None:

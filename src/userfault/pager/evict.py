@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
     from userfault.pager.served import Served
 
-ABSENT, CLEAN, PRIVATE, EVICTING = (
-    int(s) for s in (BlockState.ABSENT, BlockState.CLEAN, BlockState.PRIVATE, BlockState.EVICTING)
-)
+ABSENT, _FILLING, CLEAN, DIRTY, FLUSHING, PRIVATE, EVICTING, _FAILED = map(int, BlockState)
 BATCH_PAGES = 256
 """Dropped together when a budget is full: 1 MiB of 4 KiB pages, about 80 µs."""
 SCAN = 1024
@@ -30,15 +28,17 @@ EVICTION = object()
 """The claim of an eviction."""
 
 
-def make_room(region: Served) -> None:
+def make_room(region: Served) -> int:
     """Drop the oldest clean blocks, one batch, but none of the last few: a fault must go on, whatever the budget.
+
+    Returns the bytes dropped.
 
     One instruction may need several blocks at once: a load across a boundary two, a copy between two such places four.
     Were one dropped for another, the instruction would start again for ever.
     """
     batch = max(1, min(BATCH_PAGES // region.pages_per_block, region.limit // 4))
     wanted = max(batch, region.resident_blocks() - region.limit + batch)
-    _drop(region, _oldest(region, wanted, lambda block: block not in region.recent, most=SCAN))
+    return _drop(region, _oldest(region, wanted, lambda block: block not in region.recent, most=SCAN))
 
 
 def evict_range(region: Served, first: int, stop: int) -> int:
@@ -67,6 +67,8 @@ def _take(region: Served, block: int, taken: list[int]) -> bool:
         return False
     if region.states[block] == PRIVATE:
         region.private.add(block)
+    elif region.states[block] in (DIRTY, FLUSHING) and region.writeback:
+        region.writeback.aside.add(block)
     elif region.states[block] == CLEAN:
         region.states[block] = EVICTING
         if not region.pins[block]:
@@ -95,6 +97,8 @@ def _drop_run(region: Served, first: int, stop: int) -> int:
         after = CLEAN
     for block in range(first, stop):
         region.states[block] = after
+        if region.writeback and after == ABSENT:
+            region.writeback.forget(block)
         region.release(block)
         if after == CLEAN:  # only now: whoever takes it from the order must find the claim free
             region.order.append(block)

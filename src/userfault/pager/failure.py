@@ -23,9 +23,14 @@ _LIMITS = 2000, 200, 100, 50, 20
 """Characters of a text: as many as fit."""
 
 
-def describe(error: BaseException, store: str, offset: int, length: int, attempts: int) -> StoreError:
+NOT_READ = "the store could not be read"
+
+
+def describe(  # all that an error says
+    error: BaseException, store: str, offset: int, length: int, attempts: int, message: str = NOT_READ
+) -> StoreError:
     """Make the error that the application is to see of whatever a store raised. Never raises."""
-    said = plain(error)
+    said = plain(error, message)
     attempts = max(attempts, said.attempts)
     return StoreError(
         said.message,
@@ -38,7 +43,7 @@ def describe(error: BaseException, store: str, offset: int, length: int, attempt
     )
 
 
-def plain(error: BaseException) -> StoreError:
+def plain(error: BaseException, message: str = NOT_READ) -> StoreError:
     """Return a StoreError that says what any exception says. Never raises.
 
     One of a store's own may be of any make: a subclass without fields, a cause that is no text.
@@ -54,7 +59,7 @@ def plain(error: BaseException) -> StoreError:
                 cause=str(error.cause),
                 permanent=bool(error.permanent),
             )
-    return StoreError("the store could not be read", cause=f"{type(error).__name__}: {_text(error)}")
+    return StoreError(message, cause=f"{type(error).__name__}: {_text(error)}")
 
 
 def _text(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from fcntl import ioctl
 
 from userfault.blocks import ledger as book
 from userfault.blocks.geometry import PAGE_SIZE
-from userfault.blocks.states import BlockState
+from userfault.blocks.states import RESIDENT, BlockState
 from userfault.kernel import abi
 from userfault.pager.placement import PERIOD_NS
 from userfault.pager.pool import Work, pool_of
@@ -54,9 +54,7 @@ LULL_NS = 20_000_000
 THREADS = 4096
 _QUICK = tuple(book.bucket_of(i << 8) for i in range(4096))
 """Latency bucket by units of 256 ns, up to 1 ms: a look-up instead of a search."""
-_ABSENT, _FILLING, _CLEAN, _PRIVATE = (
-    int(s) for s in (BlockState.ABSENT, BlockState.FILLING, BlockState.CLEAN, BlockState.PRIVATE)
-)
+_ABSENT, _FILLING, _CLEAN = int(BlockState.ABSENT), int(BlockState.FILLING), int(BlockState.CLEAN)
 
 
 def _nothing() -> None:
@@ -221,7 +219,7 @@ class FaultLoop:
         self.reading = None
         if error is not None:
             self._staging = Staging(2 << 20)  # a store may still be writing into the one of an attempt that failed
-        if source or error:
+        if (source and region.has_room()) or error:
             pool_of(region).settle(Work(block, start), error or region.install(block, source))
         else:
             region.claims[block] = READING
@@ -230,7 +228,7 @@ class FaultLoop:
 
     def _odd(self, region: Served, block: int, address: int, flags: int, start: int) -> None:
         """A write to a protected block, or a page that is missing though its block's state says otherwise."""
-        if flags & abi.UFFD_PAGEFAULT_FLAG_WP and region.states[block] in (_CLEAN, _PRIVATE):
+        if flags & abi.UFFD_PAGEFAULT_FLAG_WP and region.states[block] in RESIDENT:
             region.give_write_access(block)
             region.release(block)
             self._first()

@@ -44,7 +44,7 @@ PASSING = (errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR)
 
 forking = RLock()
 """Held while descriptors exist that a forked child must not inherit unknowingly; a fork waits for it."""
-_LEVELS = {wire.BLOCK_FAILED: logs.ERROR, wire.READ_FAILED: logs.WARNING}
+_LEVELS = {wire.BLOCK_FAILED: logs.ERROR, wire.READ_FAILED: logs.WARNING, wire.WRITE_FAILED: logs.ERROR}
 links: weakref.WeakSet[Link] = weakref.WeakSet()
 """Every link of this process, for the sake of forked children."""
 
@@ -173,6 +173,11 @@ class Link:
             return
         while not call.answered.is_set:  # a finalizer, which the garbage collector runs in the listening thread
             self._hear_one()
+
+    def await_retired(self) -> None:
+        """Wait until the regions that nobody holds any more have ended."""
+        for call in self.calls.retiring():
+            self._wait(call)
 
     def _is_listener(self) -> bool:
         return threading.get_ident() == self._thread.ident

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from userfault.pager.recipe import Recipe
     from userfault.retry import RetryPolicy
 
-MODES = {"r": book.READ_ONLY, "c": book.COPY_ON_WRITE}
+MODES = {"r": book.READ_ONLY, "c": book.COPY_ON_WRITE, "r+": book.READ_WRITE}
 _RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | abi.MAP_NORESERVE
 
 _alive: weakref.WeakSet[Mapping] = weakref.WeakSet()
@@ -58,6 +58,19 @@ _lost: list[weakref.ref[Mapping]] = []
 """Those of them whose memory has gone without a word to the pager."""
 
 
+class Terms:
+    """How a region is served."""
+
+    __slots__ = ("budget", "mode", "retries", "sync_interval")
+
+    def __init__(self, mode: str, budget: int | None, retries: RetryPolicy, sync_interval: float | None) -> None:
+        self.mode = mode
+        self.budget = budget
+        self.retries = retries
+        self.sync_interval = sync_interval
+        """Seconds; None: nothing is written back but for the budget, at a flush and at the end."""
+
+
 class Mapping(mmap.mmap):
     """The memory of one region. When the last reference goes (also by the views of it), the region ends."""
 
@@ -65,6 +78,7 @@ class Mapping(mmap.mmap):
     length: int
     ledger: Ledger
     identity: int
+    writes_back: bool
     pager: Pager
     link: Link
     _file: int = -1
@@ -78,9 +92,7 @@ class Mapping(mmap.mmap):
         pager: Pager,
         identity: int,
         geometry: Geometry,
-        mode: str,
-        budget: int | None,
-        retries: RetryPolicy,
+        terms: Terms,
         recipe: Recipe,
     ) -> None:
         """Put a fresh region in place of the empty memory. `file` is its memfd, for the pager.
@@ -90,6 +102,7 @@ class Mapping(mmap.mmap):
         """
         self.pager, self.link, self.identity, self._owner = pager, pager.link, identity, 0
         self.address, self.length = memory.address_of(self), geometry.length
+        self.writes_back = terms.mode == "r+"
         layout = Layout(geometry, recipe.length)
         with link.forking:
             fd = self._file = memfd.create("userfault-region", layout.total)
@@ -99,10 +112,10 @@ class Mapping(mmap.mmap):
                 recipe.write(fd, layout.recipe)
             with link.forking:  # a child would inherit the ledger, or the memory, and not know of it
                 self.ledger = Ledger(fd, layout)
-                self._write_header(mode, budget, retries, layout)
+                self._write_header(terms, layout)
                 self._cover(fd)
-                self._register(self.link.uffd, mode)
-                memory.protect(self.address, self.length, _protection(mode))
+                self._register(self.link.uffd, terms.mode)
+                memory.protect(self.address, self.length, _protection(terms.mode))
                 self._tie = weakref.ref(self, _lost.append)
                 _open[self._tie] = self.link, self.identity
                 self._owner = os.getpid()
@@ -122,7 +135,7 @@ class Mapping(mmap.mmap):
             if fd >= 0:
                 os.close(fd)
 
-    def _write_header(self, mode: str, budget: int | None, retries: RetryPolicy, layout: Layout) -> None:
+    def _write_header(self, terms: Terms, layout: Layout) -> None:
         words = self.ledger.words
         header = {
             book.W_MAGIC: book.MAGIC,
@@ -130,11 +143,12 @@ class Mapping(mmap.mmap):
             book.W_ADDRESS: self.address,
             book.W_SIZE: layout.geometry.size,
             book.W_BLOCK_SIZE: layout.geometry.block_size,
-            book.W_MODE: MODES[mode],
-            book.W_BUDGET: book.NO_BUDGET if budget is None else budget,
+            book.W_MODE: MODES[terms.mode],
+            book.W_BUDGET: book.NO_BUDGET if terms.budget is None else terms.budget,
             book.W_RECIPE_LENGTH: layout.recipe_length,
+            book.W_SYNC: round(1e6 * (terms.sync_interval or 0)),
         }
-        header.update(enumerate(retries.numbers(), book.W_ATTEMPTS))
+        header.update(enumerate(terms.retries.numbers(), book.W_ATTEMPTS))
         for index, value in header.items():
             words[index] = value
 
@@ -146,7 +160,7 @@ class Mapping(mmap.mmap):
             memory.advise(self.address, self.length, advice)
 
     def _register(self, uffd: Userfaultfd, mode: str) -> None:
-        how = abi.UFFDIO_REGISTER_MODE_MISSING | (abi.UFFDIO_REGISTER_MODE_WP if mode == "c" else 0)
+        how = abi.UFFDIO_REGISTER_MODE_MISSING | (0 if mode == "r" else abi.UFFDIO_REGISTER_MODE_WP)
         uffd.register(self.address, self.length, how)
 
     def exported(self) -> bool:
@@ -218,7 +232,7 @@ def _end_each() -> None:
         with contextlib.suppress(IndexError, KeyError):  # another thread was quicker; or it was a parent's
             served_by, identity = _open.pop(_lost.pop())
             with contextlib.suppress(Error):  # then there is no pager
-                served_by.request(Message(wire.CLOSE, region=identity))
+                served_by.request(Message(wire.CLOSE, region=identity, flags=wire.FORCE))
             served_by.closed()
 
 
@@ -228,25 +242,21 @@ def check_mode(mode: object) -> str:
     Raises:
         ValueError: if it is none.
     """
-    if mode == "r+":
-        raise ValueError("mode 'r+' would write back, which no store can do yet; 'c' keeps changes in memory")
     if not isinstance(mode, str) or mode not in MODES:
-        raise ValueError(f"mode must be 'r' or 'c', got {mode!r}")
+        raise ValueError(f"mode must be 'r', 'r+' or 'c', got {mode!r}")
     return str(mode)
 
 
-def open_mapping(
-    pager: Pager, geometry: Geometry, mode: str, budget: int | None, retries: RetryPolicy, recipe: Recipe
-) -> Mapping:
+def open_mapping(pager: Pager, geometry: Geometry, terms: Terms, recipe: Recipe) -> Mapping:
     """Map the memory of a region and have the pager take it on; leave nothing behind if that fails.
 
     Raises:
         KernelError: naming the call.
         StoreError, PagerLostError: as the pager answers.
     """
-    mapping = new_mapping(geometry.size, mode)
+    mapping = new_mapping(geometry.size, terms.mode)
     end_lost()  # now: its addresses may be theirs
-    to_the_end(lambda: _begin(mapping, pager, geometry, mode, budget, retries, recipe))
+    to_the_end(lambda: _begin(mapping, pager, geometry, terms, recipe))
     try:  # whatever interrupts from here on, or leaves this half-way: the end of the mapping ends what has begun
         pager.link.request(Message(wire.OPEN, region=mapping.identity, fds=(mapping.file,)))
     except BaseException:
@@ -260,29 +270,31 @@ def _begin(
     mapping: Mapping,
     pager: Pager,
     geometry: Geometry,
-    mode: str,
-    budget: int | None,
-    retries: RetryPolicy,
+    terms: Terms,
     recipe: Recipe,
 ) -> None:
     identity = pager.link.calls.next_id()
     pager.link.opened()
     try:
-        mapping.begin(pager, identity, geometry, mode, budget, retries, recipe)
+        mapping.begin(pager, identity, geometry, terms, recipe)
     except BaseException:
         pager.link.closed()
         raise
 
 
 def forsake(mapping: Mapping) -> None:
-    """End a region: the pager lets go of it, then its memory is taken away.
+    """End a region: its changes are written back, the pager lets go of it, then its memory is taken away.
 
     Raises:
+        StoreError: if changes could not be written back. The region goes on.
         KernelError, PagerLostError: if the pager lives and cannot be told. Then the memory stays: were its addresses
             given to another region, the worker would take its faults for those of this one.
     """
-    with contextlib.suppress(StoreError):
+    try:
         _have_closed(mapping)
+    except StoreError:
+        if mapping.writes_back:  # and it stays, with what could not be written
+            raise
     to_the_end(lambda: _finish(mapping))
 
 

@@ -212,6 +212,8 @@ class Pool:
             if self._reading.pop(me, None) is None:
                 self._abandoned -= 1
                 return False
+        if error is None:
+            self.region.find_room()
         self.settle(work, error or self.region.install(work.block, source))
         return True
 

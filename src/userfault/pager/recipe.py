@@ -150,11 +150,22 @@ class LateStore(Store):
         self._store: Store | None = None
         self._lock = Lock()
 
+    def _made(self) -> Store:
+        with self._lock:
+            self._store = self._store or load_counted(self._ledger)
+            return self._store
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Make the store if there is none yet, and read from it."""
-        with self._lock:
-            store = self._store = self._store or load_counted(self._ledger)
-        store.read_into(offset, buffer)
+        self._made().read_into(offset, buffer)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Make the store if there is none yet, and write to it."""
+        self._made().write(offset, data)
+
+    def flush(self) -> None:
+        """Make the store if there is none yet, and flush it."""
+        self._made().flush()
 
     def describe(self) -> str:
         """Return what the store has called itself when it was passed in."""

@@ -18,17 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from userfault.pager.served import Served
 
-ABSENT, FILLING, CLEAN, PRIVATE, EVICTING, FAILED = (
-    int(s)
-    for s in (
-        BlockState.ABSENT,
-        BlockState.FILLING,
-        BlockState.CLEAN,
-        BlockState.PRIVATE,
-        BlockState.EVICTING,
-        BlockState.FAILED,
-    )
-)
+ABSENT, FILLING, CLEAN, DIRTY, FLUSHING, PRIVATE, EVICTING, FAILED = map(int, BlockState)
 
 
 def recover(region: Served) -> None:
@@ -49,11 +39,15 @@ def _recover_part(region: Served, start: int, part: bytes) -> None:
 
 
 def _recover_block(region: Served, block: int, state: int) -> None:
-    if state in (FILLING, PRIVATE) and region.notes[block] & book.READING:
+    if state in (FILLING, DIRTY, FLUSHING, PRIVATE) and region.notes[block] & book.READING:
         region.notes[block] ^= book.READING | (book.SUSPECT if region.notes[block] & book.STRUCK else book.STRUCK)
     if state == PRIVATE:
         region.private.add(block)
         region.counters.became_private()
+    elif state in (DIRTY, FLUSHING) and region.writeback:
+        region.states[block] = DIRTY
+        region.writeback.dirty[block] = None
+        region.order.append(block)
     elif (state == FILLING or (state == EVICTING and region.pins[block])) and _is_whole(region, block):
         region.states[block] = CLEAN  # it was filled; or pinned while its worker looked, and the hole never made
         region.order.append(block)

@@ -30,6 +30,12 @@ class Retries:
         """Whether there is another attempt after `failed` failed ones, the last of them with `error`."""
         return failed < self.attempts and not error.permanent
 
+    def patience_ns(self) -> int:
+        """Return how long one range may be at its store until it fails, in nanoseconds: a day if there is no limit."""
+        if not self.timeout_ns:
+            return 86_400 * 10**9
+        return self.attempts * (self.timeout_ns + round(self._longest * 1e9))
+
     def pause(self, failed: int) -> float:
         """Return the seconds to wait after the `failed`-th attempt has failed."""
         pause: float = min(self._longest, self._backoff * 2.0 ** min(failed - 1, 64))

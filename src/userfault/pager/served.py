@@ -40,6 +40,7 @@ from userfault.kernel import abi, memfd
 from userfault.pager import evict, failure, poison, wire
 from userfault.pager.counters import Counters
 from userfault.pager.source import Source
+from userfault.pager.writeback import WriteBack
 from userfault.shield import begin
 
 TYPE_CHECKING = False
@@ -50,17 +51,9 @@ if TYPE_CHECKING:
     from userfault.pager.pool import Pool
     from userfault.pager.requests import Request
 
-ABSENT, FILLING, CLEAN, PRIVATE, EVICTING, FAILED = (
-    int(s)
-    for s in (
-        BlockState.ABSENT,
-        BlockState.FILLING,
-        BlockState.CLEAN,
-        BlockState.PRIVATE,
-        BlockState.EVICTING,
-        BlockState.FAILED,
-    )
-)
+ABSENT, FILLING, CLEAN, DIRTY, FLUSHING, PRIVATE, EVICTING, FAILED = map(int, BlockState)
+CHANGED = (DIRTY, FLUSHING, PRIVATE)
+"""Blocks that hold what the user has written: whatever happens, these bytes stay."""
 INSTALLING = object()
 """The claim of a reader that is about to touch the application's memory."""
 UNLIMITED = 1 << 62
@@ -102,7 +95,7 @@ class Served:
         self.whole_blocks = geometry.size >> geometry.shift
         budget: int = words[book.W_BUDGET]
         self.limit = UNLIMITED if budget == book.NO_BUDGET else budget // geometry.block_size
-        self.protects = words[book.W_MODE] == book.COPY_ON_WRITE
+        self.protects = words[book.W_MODE] != book.READ_ONLY
         self.copy_mode = abi.UFFDIO_COPY_MODE_WP if self.protects else 0
         self.states = self.ledger.states
         self.pins = self.ledger.pins
@@ -127,6 +120,7 @@ class Served:
         self.on_news: Callable[[int, bytes], None] = _nobody
         """Called with a kind of news and an error."""
         self.source = Source(fd, self.ledger, again=again)
+        self.writeback = WriteBack(self) if words[book.W_MODE] == book.READ_WRITE else None
 
     # -- numbers ---------------------------------------------------------------------------------------------
 
@@ -136,11 +130,13 @@ class Served:
 
     def resident_blocks(self) -> int:
         """Return how many blocks are in memory."""
-        return len(self.order) + len(self.private)
+        aside = len(self.writeback.aside) if self.writeback else 0
+        return len(self.order) + len(self.private) + aside
 
     def publish(self, cpu: int) -> None:
         """Write the counters into the ledger. Called by the control thread."""
-        self.counters.publish(self.ledger.words, self.block_size, self.resident_blocks(), cpu)
+        dirty = len(self.writeback.dirty) if self.writeback else 0
+        self.counters.publish(self.ledger.words, self.block_size, self.resident_blocks(), dirty, cpu)
 
     # -- claims ----------------------------------------------------------------------------------------------
 
@@ -166,14 +162,14 @@ class Served:
     def install(self, block: int, source: int) -> BaseException | None:
         """Make a block visible that lies at `source` in this process; return what went wrong, or None.
 
-        A PRIVATE block, from which the user has dropped pages, stays PRIVATE, and gets back what is missing.
+        A changed block, from which the user has dropped pages, stays what it is, and gets back what is missing.
         """
         claim, self.claims[block] = self.claims[block], INSTALLING
         try:
             if self.closing:
                 return None
-            if self.states[block] == PRIVATE:
-                self._install(block, source, 0)
+            if self.states[block] in CHANGED:
+                self._install(block, source, self.copy_mode if self.states[block] == FLUSHING else 0)
             else:
                 self._settle_in(block, source)
         except BaseException as error:  # noqa: BLE001  # whatever it was, the block must not be lost
@@ -203,6 +199,20 @@ class Served:
                 self.order.remove(block)
             raise
         self.states[block] = CLEAN
+
+    def has_room(self) -> bool:
+        """Whether a block can come in now, if need be for another; if not, changes have to be written back first."""
+        return self.writeback is None or self.resident_blocks() < self.limit or evict.make_room(self) > 0
+
+    def find_room(self) -> None:
+        """See that a block can come in, however long it takes. For threads that may wait, and hold no hot claim.
+
+        If changes cannot be written back, the block comes in all the same: rather more memory than was allowed than a
+        byte that is lost, or a thread that waits for ever.
+        """
+        while not self.closing and not self.has_room():
+            if self.writeback is None or not self.writeback.make_room():
+                break
 
     def extent(self, block: int) -> tuple[int, int]:
         """Return offset and length of a block in the memory: whole pages."""
@@ -245,7 +255,7 @@ class Served:
             self._told += 1
             loud = self._told <= failure.LOUD
         self.notes[block] |= book.POISONED
-        if self.states[block] != PRIVATE:  # whose other pages hold what the user wrote
+        if self.states[block] not in CHANGED:
             self.states[block] = FAILED
         self.counters.add(book.FAILURES)
         if loud:  # first, since the application may be about to die of it
@@ -265,6 +275,18 @@ class Served:
         if loud:
             self.on_news(wire.READ_FAILED, failure.encode(error))
 
+    def tell_write_error(self, error: StoreError) -> None:
+        """Count, keep and tell that changes could not be written back."""
+        text = failure.encode(error)
+        with self.lock:
+            self.ledger.errors.add(error.offset >> self.shift, failure.abridge(text))
+            self.ledger.words[book.W_ERRORS] += 1
+            self._told += 1
+            loud = self._told <= failure.LOUD
+        if loud:
+            failure.report(f"{error}; the changes stay in memory")
+            self.on_news(wire.WRITE_FAILED, text)
+
     def error_of(self, block: int) -> bytes | None:
         """Return why a block failed, if that is still known."""
         return self.ledger.errors.of(block)
@@ -272,13 +294,11 @@ class Served:
     # -- faults that are not simply a block to bring ---------------------------------------------------------
 
     def give_write_access(self, block: int) -> None:
-        """Make a resident block of a `c` region private and writable, and wake. Leaves the claim."""
+        """Make a resident block private (`c`) or dirty (`r+`), and writable, and wake. Leaves the claim."""
         self.claims[block] = INSTALLING
         if self.closing:
             return
-        if self.states[block] != PRIVATE:
-            self.states[block] = PRIVATE
-            self.counters.became_private()
+        self._note_write(block)
         start, length = self.extent(block)
         for _ in range(PATIENCE):
             error = self.uffd.write_protect(self.base + start, length, 0)
@@ -286,6 +306,14 @@ class Served:
                 return
             time.sleep(0.001)
         raise KernelError(error, "ioctl(UFFDIO_WRITEPROTECT)", f"block {block}")  # let a successor try
+
+    def _note_write(self, block: int) -> None:
+        if self.writeback:
+            self.states[block] = DIRTY
+            self.writeback.became_dirty(block)
+        elif self.states[block] != PRIVATE:
+            self.states[block] = PRIVATE
+            self.counters.became_private()
 
     def is_mended(self, block: int, address: int) -> bool:
         """Answer a missing fault in a block whose state says that nothing is missing; False if it has to be filled."""

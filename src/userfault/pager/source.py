@@ -46,10 +46,11 @@ class Source:
         self.inline = self.store.concurrency == 0
         """Whether it answers from memory, in the fault loop."""
         kind = type(self.store)
-        self._foreign = not kind.__module__.startswith("userfault.stores.")
+        self.foreign = not kind.__module__.startswith("userfault.stores.")
+        """Whether it is of a class of the user's own."""
         self._answers_now = kind.read_now is not Store.read_now
-        self.locate = self._locate_carefully if self._foreign else self.store.locate
-        self.may_hang = self._foreign and kind.locate is not Store.locate
+        self.locate = self._locate_carefully if self.foreign else self.store.locate
+        self.may_hang = self.foreign and kind.locate is not Store.locate
         """Whether `locate` runs code that is not ours."""
         if kind.locate is Store.locate:
             self.locate = nowhere
@@ -96,7 +97,7 @@ class Source:
 
     @contextlib.contextmanager
     def _noted(self, block: int) -> Iterator[None]:
-        if not self._foreign:
+        if not self.foreign:
             yield
             return
         self._ledger.notes[block] |= book.READING
@@ -104,6 +105,22 @@ class Source:
             yield
         finally:
             self._ledger.notes[block] &= ~book.READING
+
+    def write(self, offset: int, data: memoryview) -> BaseException | None:
+        """Have it take some bytes; return what went wrong: a store may raise anything at all."""
+        try:
+            self.store.write(offset, data)
+        except BaseException as error:  # noqa: BLE001  # see above
+            return error
+        return None
+
+    def flush(self) -> BaseException | None:
+        """Have it make durable what it has taken; return what went wrong."""
+        try:
+            self.store.flush()
+        except BaseException as error:  # noqa: BLE001  # see above
+            return error
+        return None
 
     def close(self) -> None:
         """Close the store, which may wait, or raise. Called by a thread that does nothing else."""

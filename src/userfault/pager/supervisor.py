@@ -22,6 +22,7 @@ import time
 
 from userfault.blocks import ledger
 from userfault.blocks.geometry import PAGE_SIZE
+from userfault.blocks.states import BlockState
 from userfault.kernel import process
 from userfault.kernel.userfaultfd import Userfaultfd
 from userfault.pager import failure, poison, pulse, record, spawn, wire
@@ -57,6 +58,8 @@ class Supervisor:
         self.worker_pid = 0
         self.pulse = Pulse(will["pulse"], pulse.SUPERVISOR)
         self.born = time.monotonic()
+        self.deadline = math.inf
+        """Until when the worker may live: it ends when its application has ended, and its changes are written back."""
         self.finished = False
 
     def run(self) -> None:
@@ -90,13 +93,13 @@ class Supervisor:
         poll.register(self.will["application"], select.POLLIN)
         if self.worker >= 0:
             poll.register(self.worker, select.POLLIN)
-        deadline = math.inf
+        self.deadline = math.inf
         while True:
-            ready = [fd for fd, _ in poll.poll(1000 * max(0, min(pulse.LOOK_S, deadline - time.monotonic())))]
-            self.feel_pulse(deadline)
+            ready = [fd for fd, _ in poll.poll(1000 * max(0, min(pulse.LOOK_S, self.deadline - time.monotonic())))]
+            self.feel_pulse()
             if self.will["application"] in ready:
                 poll.unregister(self.will["application"])
-                deadline = time.monotonic() + GRACE_S
+                self.deadline = time.monotonic() + GRACE_S
             if self.ward.fileno() in ready and self.listen():
                 if self.worker >= 0:
                     poll.register(self.worker, select.POLLIN)
@@ -106,14 +109,14 @@ class Supervisor:
                 break
         self.bury()
 
-    def feel_pulse(self, deadline: float) -> None:
+    def feel_pulse(self) -> None:
         """End a worker that is stopped or hangs, or that outlives its application."""
         now = time.monotonic()
         self.pulse.beat()
         lost = self.worker >= 0 and self.pulse.is_lost(self.worker_pid, now)
         if lost:
             failure.report(f"worker {self.worker_pid} is stopped or hangs, and is replaced")
-        if lost or (now > deadline and self.worker >= 0):
+        if lost or (now > self.deadline and self.worker >= 0):
             with contextlib.suppress(OSError):
                 process.pidfd_send_signal(self.worker, signal.SIGKILL)
 
@@ -137,6 +140,8 @@ class Supervisor:
             self.drop(message.region)
         elif message.kind == wire.PROGRESS:
             self.strikes = 0
+        elif message.kind == wire.WRITING:
+            self.deadline = time.monotonic() + message.a / 1e9 + GRACE_S
         elif message.kind == wire.GOODBYE:
             self.finished = True
         return True
@@ -155,7 +160,8 @@ class Supervisor:
         self.worker = -1
         self.ward.close()
         with contextlib.suppress(OSError):  # who cannot be asked is alive
-            self.finished = self.finished or not process.pidfd_alive(self.will["application"])
+            over = not process.pidfd_alive(self.will["application"])
+            self.finished = self.finished or (over and not any(map(_has_changes, self.regions.values())))
 
     def see_to_a_worker(self) -> None:
         """Have one again, unless nobody needs it, or give up."""
@@ -232,8 +238,17 @@ def _words(fd: int) -> memoryview:
 
 
 def _was_filling(fd: int) -> bool:
+    return _has_block(fd, BlockState.FILLING)
+
+
+def _has_changes(fd: int) -> bool:
+    """Whether something has still to be written back."""
+    return _has_block(fd, BlockState.DIRTY, BlockState.FLUSHING)
+
+
+def _has_block(fd: int, *states: BlockState) -> bool:
     try:
-        return ledger.was_filling(fd)
+        return ledger.has_block(fd, *states)
     except OSError:
         return True
 

@@ -29,14 +29,16 @@ _FD = struct.Struct("=i")
 _ROOM_FOR_FDS = socket.CMSG_SPACE(MAX_FDS * _FD.size)
 
 # Requests of the application.
-OPEN, CLOSE, ENSURE, EVICT, RETRY, SYNC, BYE, EXPORT, RENEW = range(1, 10)
+OPEN, CLOSE, ENSURE, EVICT, RETRY, SYNC, BYE, EXPORT, RENEW, FLUSH = range(1, 11)
 # Answers and news of the pager.
-OK, FAILED, HELLO, LOST, BLOCK_FAILED, READ_FAILED = range(16, 22)
+OK, FAILED, HELLO, LOST, BLOCK_FAILED, READ_FAILED, WRITE_FAILED = range(16, 23)
 # Between supervisor and worker.
-INTRODUCE, KEEP, DROP, PROGRESS, GOODBYE = range(32, 37)
+INTRODUCE, KEEP, DROP, PROGRESS, GOODBYE, WRITING = range(32, 38)
 
 # Flags of ENSURE.
 WRITE, NO_ANSWER = 1, 2
+# Flags of CLOSE: what cannot be written back is lost; it has been written back already.
+FORCE, WRITTEN = 4, 8
 
 
 class Message:

@@ -23,13 +23,25 @@ if TYPE_CHECKING:
 
     Identity: TypeAlias = tuple[int, int, int, int]
 
-__all__ = ["LIMIT", "FileChangedError", "OpenFile", "difference", "forget", "identify", "limit_open_files", "open_file"]
+__all__ = [
+    "LIMIT",
+    "OURS",
+    "FileChangedError",
+    "OpenFile",
+    "difference",
+    "forget",
+    "identify",
+    "limit_open_files",
+    "open_file",
+]
 
 LIMIT = 256
 """Open files at once, at most: a quarter of the usual limit of 1024. The rest is for sockets and the application."""
 LEAST = 4
 
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # the last: opening a pipe must not wait
+OURS = -1
+"""In place of a file's time of modification: it is written to by us, and the time says nothing."""
+_FLAGS = os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK  # the last: opening a pipe must not wait
 
 _close = os.close  # a name of our own: os may be gone when the last file closes, at exit
 _table: dict[tuple[str, Identity], OpenFile] = {}
@@ -51,26 +63,22 @@ class OpenFile:
 
     __slots__ = ("fd",)
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, writable: bool = False) -> None:
         self.fd = -1
-        self.fd = os.open(path, _FLAGS)
-
-    def identity(self) -> Identity:
-        """Return what tells this file, as it is now, from any other."""
-        return identify(os.fstat(self.fd))
+        self.fd = os.open(path, _FLAGS | (os.O_RDWR if writable else os.O_RDONLY))
 
     def __del__(self) -> None:
         if self.fd >= 0:
             _close(self.fd)
 
 
-def identify(status: os.stat_result) -> Identity:
-    """Return device, inode, size and time of modification.
+def identify(status: os.stat_result, writable: bool = False) -> Identity:
+    """Return device, inode, size and time of modification; instead of the last, OURS if we write to it.
 
     A change is missed if it keeps the size and falls into the same tick of the kernel's clock (4 ms, less
     since Linux 6.13), or is made through a mapping of pages that are dirty already.
     """
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, OURS if writable else status.st_mtime_ns
 
 
 def difference(expected: Identity, found: Identity) -> str:
@@ -83,7 +91,7 @@ def difference(expected: Identity, found: Identity) -> str:
 
 
 def open_file(path: str, identity: Identity) -> OpenFile:
-    """Return the file, open for reading; from the table if it is there.
+    """Return the file, open for reading, and for writing if it is ours; from the table if it is there.
 
     Raises:
         FileChangedError: The path means another file now, or the file has changed.
@@ -92,8 +100,9 @@ def open_file(path: str, identity: Identity) -> OpenFile:
     key = path, identity
     file = _table.pop(key, None)
     if file is None:
-        file = _open(path)
-        if text := difference(identity, file.identity()):
+        writable = identity[3] == OURS
+        file = _open(path, writable)
+        if text := difference(identity, identify(os.fstat(file.fd), writable)):
             raise FileChangedError(text)
     _table[key] = file  # the youngest stands last
     while len(_table) > _limit:
@@ -106,15 +115,15 @@ def forget(path: str, identity: Identity) -> None:
     _table.pop((path, identity), None)
 
 
-def _open(path: str) -> OpenFile:
+def _open(path: str, writable: bool) -> OpenFile:
     """Open a file; when there are too many, close those of the table first."""
     try:
-        return OpenFile(path)
+        return OpenFile(path, writable)
     except OSError as error:
         if error.errno not in (EMFILE, ENFILE) or not _table:
             raise
     _table.clear()
-    return OpenFile(path)
+    return OpenFile(path, writable)
 
 
 def _drop_oldest() -> None:

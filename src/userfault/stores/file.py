@@ -23,7 +23,7 @@ from userfault.kernel.abi import MAP_NORESERVE
 from . import page_cache
 from .base import Store, check_range
 from .belief import CHUNK, CHUNK_SHIFT, Belief
-from .descriptors import FileChangedError, OpenFile, difference, forget, identify, open_file
+from .descriptors import OURS, FileChangedError, OpenFile, difference, forget, identify, open_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ CHECK_S = 0.05
 
 
 class FileStore(Store):
-    """A file, or a part of one, for reading.
+    """A file, or a part of one, for reading, or for writing too.
 
     It is opened in whichever process uses it, and holds no descriptor of its own: thousands of them live well
     under the usual limit. It travels by recipe (absolute path, range, identity), so the pager must be able to
@@ -49,34 +49,34 @@ class FileStore(Store):
     The file's **identity** (device, inode, size, time of modification) is taken here. A file that is
     replaced, written to, truncated or removed later is a ``StoreError`` from then on, never a mixture of old
     and new bytes: checked after every cold read, and every 50 ms at most while the bytes come from the page
-    cache.
+    cache. A writable file changes by our own hand, so there the time of modification does not count: nobody else
+    should write to it meanwhile, and nobody would be noticed who does.
+
+    Writing goes to the page cache, as with `os.pwrite`; ``flush`` is `os.fsync`. The file keeps its size.
 
     The first block is always read by ``read_into``, which opens the file and finds out what its file system can do.
 
-    Any thread may call ``read_into``. After a fork, parent and child may both go on.
+    Any thread may call ``read_into`` and ``write``. After a fork, parent and child may both go on.
 
     Args:
         path: The file.
         offset: First byte of the part.
         size: Bytes of the part; by default all from ``offset`` to the end.
-        writable: Writing back is not available yet.
+        writable: Whether ``write`` and ``flush`` work, for regions of mode ``r+``.
 
     Raises:
         FileNotFoundError: There is no such file.
         IsADirectoryError: The path is a directory.
-        PermissionError: It may not be read.
+        PermissionError: It may not be read, or not written to.
         TypeError: ``offset`` or ``size`` is not an integer.
-        ValueError: Not a regular file, an empty one or an empty part, a part that is not inside the file, or
-            ``writable=True``.
+        ValueError: Not a regular file, an empty one or an empty part, or a part that is not inside the file.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], offset: int = 0, size: int | None = None, writable: bool = False
     ) -> None:
-        if writable:
-            raise ValueError("writable=True: writing back to files is not available yet; leave it out")
         path = os.path.abspath(os.fsdecode(path))
-        identity = _examine(path)
+        identity = _examine(path, bool(writable))
         offset, size = _check_part(path, offset, size, identity[2])
         self.__setstate__((path, offset, size, identity))
 
@@ -85,6 +85,7 @@ class FileStore(Store):
 
     def __setstate__(self, state: State) -> None:
         self._path, self._offset, self.size, self._identity = state
+        self.writable = self._identity[3] == OURS
         self._mapping = self._mapping_length = 0
         self._base = 0  # address of the store's first byte
         self._believed: dict[int, float] = {}  # by chunk: until when locate() need not look again
@@ -126,13 +127,54 @@ class FileStore(Store):
 
     def _check(self) -> None:
         """Raise unless the path still means the file, unchanged. After a read, this vouches for its bytes."""
-        if text := difference(self._identity, identify(os.stat(self._path))):
+        if text := difference(self._identity, identify(os.stat(self._path), self.writable)):
             raise FileChangedError(text)
 
     def _failure(self, message: str, offset: int, length: int, cause: Exception) -> StoreError:
         gone = isinstance(cause, FileChangedError)
         text = str(cause)
         return StoreError(message, store=self.describe(), offset=offset, length=length, cause=text, permanent=gone)
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write to the file; see ``Store.write``. The bytes are in the page cache when it returns.
+
+        Raises:
+            StoreError: The file is gone, has changed, or cannot be written to.
+            ValueError: The range is not in the store.
+            io.UnsupportedOperation: The store is not writable.
+        """
+        length = data.nbytes
+        check_range(self, offset, length)
+        if not self.writable:
+            super().write(offset, data)
+        try:
+            file = open_file(self._path, self._identity)
+            self._check()  # a file that was cut off would grow again, with a hole in it
+            done = 0
+            while done < length:
+                done += os.pwrite(file.fd, data[done:], self._offset + offset + done)
+        except FileChangedError as error:
+            raise self._failure("the file has changed beneath us", offset, length, error) from None
+        except OSError as error:
+            raise self._failure("the file cannot be written to", offset, length, error) from error
+
+    def flush(self) -> None:
+        """Make what was written durable: `os.fsync`.
+
+        Raises:
+            StoreError: The file is gone, or the disk has failed; what of it has reached the disk, nobody knows.
+            io.UnsupportedOperation: The store is not writable.
+        """
+        if not self.writable:
+            super().flush()
+        try:
+            os.fsync(open_file(self._path, self._identity).fd)
+        except FileChangedError as error:
+            raise self._failure("the file has changed beneath us", 0, 0, error) from None
+        except OSError as error:
+            raise self._failure("the file cannot be made durable", 0, 0, error) from error
 
     # -- reading without waiting -----------------------------------------------------------------------------
 
@@ -271,11 +313,18 @@ class FileStore(Store):
         """Return the file's identity and the part."""
         return self._identity, self._offset, self.size
 
+    def lies_in(self, path: str | os.PathLike[str]) -> bool:
+        """Return whether a path means this store's file."""
+        try:
+            return identify(os.stat(path))[:2] == self._identity[:2]
+        except FileNotFoundError:
+            return False
+
     def describe(self) -> str:
         """Return the path, and the part if it is not the whole."""
         whole = not self._offset and self.size == self._identity[2]
         part = "" if whole else f", offset={self._offset}, size={self.size}"
-        return f"FileStore({self._path!r}{part})"
+        return f"FileStore({self._path!r}{part}{', writable=True' if self.writable else ''})"
 
     def __eq__(self, other: object) -> bool:
         return self.__getstate__() == other.__getstate__() if isinstance(other, FileStore) else NotImplemented
@@ -284,9 +333,9 @@ class FileStore(Store):
         return hash(self.__getstate__())
 
 
-def _examine(path: str) -> Identity:
-    """Open a path once, to see that it can be read, and return its identity."""
-    file = OpenFile(path)
+def _examine(path: str, writable: bool) -> Identity:
+    """Open a path once, to see that it can be read or written to, and return its identity."""
+    file = OpenFile(path, writable)
     try:
         status = os.fstat(file.fd)
     except OSError as error:
@@ -295,7 +344,7 @@ def _examine(path: str) -> Identity:
         raise IsADirectoryError(EISDIR, os.strerror(EISDIR), path)
     if not S_ISREG(status.st_mode):
         raise ValueError(f"{path!r} is not a regular file: a store needs a file of a known, fixed size")
-    return identify(status)
+    return identify(status, writable)
 
 
 def _check_part(path: str, offset: int, size: int | None, whole: int) -> tuple[int, int]:

@@ -9,8 +9,8 @@ from .base import Store, check_store
 __all__ = ["open_store"]
 
 
-def open_store(source: str | os.PathLike[str] | Store) -> Store:
-    """Return the store that a path or a store means.
+def open_store(source: str | os.PathLike[str] | Store, writable: bool = False) -> Store:
+    """Return the store that a path or a store means; `writable` has a path opened for writing too.
 
     Raises:
         TypeError: Neither a path nor a store.
@@ -30,4 +30,4 @@ def open_store(source: str | os.PathLike[str] | Store) -> Store:
         raise ValueError(f"no store for {scheme}:// addresses: pass a path, or a Store of your own")
     from .file import FileStore
 
-    return FileStore(path)
+    return FileStore(path, writable=writable)

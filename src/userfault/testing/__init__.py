@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         FailingStore,
         GilHoldingStore,
         LyingSizeStore,
+        RefusingStore,
         ShortStore,
         SlowStore,
         StallingStore,
@@ -38,7 +39,7 @@ _HOMES = {
     "child": "ChildError ChildResult ChildTimeoutError run_child",
     "leaks": "no_leaks",
     "misbehaving": (
-        "CrashingStore FailingStore GilHoldingStore LyingSizeStore ShortStore SlowStore StallingStore"
+        "CrashingStore FailingStore GilHoldingStore LyingSizeStore RefusingStore ShortStore SlowStore StallingStore"
         " UnpicklableStore WrongErrorStore"
     ),
     "patterns": "CountingStore PatternStore",
@@ -58,6 +59,7 @@ __all__ = [
     "GilHoldingStore",
     "LyingSizeStore",
     "PatternStore",
+    "RefusingStore",
     "ShortStore",
     "SlowStore",
     "StallingStore",

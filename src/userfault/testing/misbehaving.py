@@ -10,6 +10,7 @@ None of them answers ``locate`` or ``read_now``: their misbehaviour would be mis
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import time
@@ -30,6 +31,7 @@ __all__ = [
     "FailingStore",
     "GilHoldingStore",
     "LyingSizeStore",
+    "RefusingStore",
     "ShortStore",
     "SlowStore",
     "StallingStore",
@@ -44,12 +46,20 @@ class _Wrapper(RecipeStore):
     """A store around another, which has the bytes."""
 
     def __init__(self, inner: Store, concurrency: int | None = None) -> None:
-        self.inner, self.size = inner, inner.size
+        self.inner, self.size, self.writable = inner, inner.size, inner.writable
         self.concurrency = inner.concurrency if concurrency is None else concurrency
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Pass the read on."""
         self.inner.read_into(offset, buffer)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Pass the write on."""
+        self.inner.write(offset, data)
+
+    def flush(self) -> None:
+        """Pass it on."""
+        self.inner.flush()
 
     def close(self) -> None:
         """Close the inner store."""
@@ -170,6 +180,62 @@ class ShortStore(_Wrapper):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill all but the end."""
         super().read_into(offset, buffer[: max(buffer.nbytes - self.missing, 0)])
+
+
+class RefusingStore(RecipeStore):
+    """A writable file that takes nothing while a path exists, as a disk that is full or broken.
+
+    Args:
+        path: The file with the bytes.
+        refuse: While this path exists, `write` raises the errno that is written there, ENOSPC if nothing is.
+        stall: While this path exists, `write` waits.
+        lose: While this path exists, `flush` raises EIO.
+        crash: While this path exists, `write` ends the process.
+    """
+
+    writable = True
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        refuse: str | os.PathLike[str] = "",
+        stall: str | os.PathLike[str] = "",
+        lose: str | os.PathLike[str] = "",
+        crash: str | os.PathLike[str] = "",
+    ) -> None:
+        self._path, self.size = os.fspath(path), os.path.getsize(path)
+        self._refuse, self._stall = os.fspath(refuse), os.fspath(stall)
+        self._lose, self._crash = os.fspath(lose), os.fspath(crash)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Read from the file."""
+        with open(self._path, "rb") as file:
+            file.seek(offset)
+            if file.readinto(buffer) != len(buffer):
+                raise StoreError("the file has become shorter")
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write to the file, unless it is to fail."""
+        if self._crash and os.path.exists(self._crash):
+            os.abort()
+        while self._stall and os.path.exists(self._stall):
+            time.sleep(_POLL_S)
+        if self._refuse and os.path.exists(self._refuse):
+            with open(self._refuse, encoding="ascii") as file:
+                number = int(file.read() or errno.ENOSPC)
+            raise OSError(number, os.strerror(number))
+        with open(self._path, "r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+    def flush(self) -> None:
+        """Say that everything is durable, unless it is to fail."""
+        if self._lose and os.path.exists(self._lose):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def describe(self) -> str:
+        """Return the type and the file."""
+        return f"RefusingStore({self._path!r})"
 
 
 class WrongErrorStore(PatternStore):

@@ -1,0 +1,173 @@
+"""When the changed blocks of an `r+` region are written back to its store (`writer` has the how).
+
+One after the other
+-------------------
+Two writes of one block that were under way at once could reach the store in the wrong order.  So a region does one job
+at a time: a *flush* writes whatever is dirty at its beginning, and has the store make it durable; *cleaning* writes the
+blocks that became dirty first, so that eviction finds clean ones.  Within a job several threads write, each block once.
+
+Errors
+------
+A block that could not be written stays DIRTY and in memory; nothing is ever dropped because of an error.  What went
+wrong is kept and raised by the next flush, as fsync(2) does.  A store that could not make its bytes durable may have
+lost any of those that it took since it last could, so these are dirty again as far as they are still in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from threading import Condition
+
+from userfault.blocks import ledger as book
+from userfault.errors import StoreError
+from userfault.pager import failure, placement
+from userfault.pager.writer import Writer
+from userfault.shield import begin
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from userfault.pager.served import Served
+
+    Done = Callable[[bytes | None], None]
+
+HIGH, LOW = 2, 4
+"""Cleaning begins when one in HIGH of the blocks that the budget holds is dirty, and goes on until one in LOW is."""
+
+
+class WriteBack:
+    """What is dirty in a region, and the thread that writes it back. Any thread of the worker may call it."""
+
+    def __init__(self, region: Served) -> None:
+        self.region = region
+        self._writer = writer = Writer(region)
+        self.dirty, self.aside = writer.dirty, writer.aside
+        self._high = max(1, region.limit // HIGH)
+        self._low = region.limit // LOW
+        self._kept: bytes | None = None
+        """The first error that nobody has been told of."""
+        self._flushes: deque[tuple[Done | None, bool]] = deque()
+        self._interval = region.ledger.words[book.W_SYNC] * 1000
+        self._synced = time.perf_counter_ns()
+        self._wanted = 0
+        """Blocks that somebody waits for to be clean."""
+        self._rounds = 0
+        """Jobs that have ended."""
+        self._failed = False
+        """Whether the last one did."""
+        self._changed = Condition()
+        self._working = False
+
+    # -- for other threads -----------------------------------------------------------------------------------
+
+    def became_dirty(self, block: int) -> None:
+        """Take note of a first write. The caller has claimed the block."""
+        self.dirty[block] = None
+        if len(self.dirty) >= self._high:
+            with self._changed:
+                self._stir()
+
+    def flush(self, done: Done | None, *, durable: bool = True) -> None:
+        """Write back what is dirty now, make it durable, then call `done` with what nobody was told before, or None.
+
+        Without `durable` the store takes it and no more; then, and without `done`, an error is kept for the next one.
+        """
+        with self._changed:
+            self._flushes.append((done, durable))
+            self._stir()
+
+    def make_room(self) -> bool:
+        """Wait until something has been written back; False if it could not be. For readers, never the fault loop."""
+        with self._changed:
+            before = self._rounds
+            self._wanted += 1
+            self._stir()
+            while self._rounds == before and self._working:
+                self._changed.wait()
+            self._wanted -= 1
+            return self._rounds != before and not self._failed
+
+    def tick(self, now: int) -> None:
+        """Flush in the background if it is time (`Region(sync_interval=)`). Called twice a second.
+
+        A write that takes too long cannot be abandoned as a read can: it might still arrive, over what was written
+        after it. So the worker ends, and the write with it.
+        """
+        if self._writer.is_late(now):
+            failure.report(f"{self.region.source.name}: a write does not return; the worker is replaced")
+            os._exit(1)
+        if self._interval and now - self._synced >= self._interval:
+            self._synced = now
+            if self.dirty or self._writer.unsafe:
+                self.flush(None)
+
+    def forget(self, block: int) -> None:
+        """A block is being dropped: it is no longer known whether what the store took of it is durable."""
+        self._writer.unsafe.discard(block)
+
+    # -- its thread ------------------------------------------------------------------------------------------
+
+    def _stir(self) -> None:
+        """Under the lock: see that somebody works."""
+        if self._working or self.region.closing:
+            return
+        try:
+            begin(self._work)
+            self._working = True
+        except RuntimeError:  # no thread to be had; who waits is told, the others will try again
+            error = failure.encode(StoreError("the pager has no thread to write with", store=self.region.source.name))
+            while self._flushes:
+                if (done := self._flushes.popleft()[0]) is not None:
+                    done(error)
+
+    def _work(self) -> None:
+        placement.go_home()
+        try:
+            while (job := self._next()) is not None:
+                job()
+        except BaseException as error:  # noqa: BLE001  # its blocks would be claimed for ever: let a successor recover
+            sys.excepthook(type(error), error, error.__traceback__)
+            os._exit(1)
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._changed:
+            if self._flushes:
+                done, durable = self._flushes.popleft()
+                return lambda: self._flush(done, durable)
+            if self.dirty and (self._wanted or len(self.dirty) >= self._high) and not self.region.closing:
+                return self._clean
+            self._working = False
+            self._changed.notify_all()
+            return None
+
+    def _flush(self, done: Done | None, durable: bool) -> None:
+        error = self._writer.write(list(self.dirty))
+        if error is None and durable:
+            error = self._writer.make_durable()
+        self._end_round(error)
+        if done is None:
+            return
+        told = None
+        if durable:
+            told, self._kept = self._kept, None
+        done(told)
+
+    def _clean(self) -> None:
+        """Write the oldest back. If that fails it is not tried at once again: `_high` rises above what is dirty."""
+        oldest = list(self.dirty)
+        error = self._writer.write(oldest[: max(len(oldest) - self._low, self._wanted)])
+        self._high = len(self.dirty) * 2 if error is not None else max(1, self.region.limit // HIGH)
+        self._end_round(error)
+
+    def _end_round(self, error: StoreError | None) -> None:
+        if error is not None:
+            self._kept = self._kept or failure.encode(error)
+            self.region.tell_write_error(error)
+        with self._changed:
+            self._failed = error is not None
+            self._rounds += 1
+            self._changed.notify_all()
