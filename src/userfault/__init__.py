@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from userfault import errors, kernel, protocol, stores
     from userfault.arrays import ArrayRecipe, PagedArray, open_array
     from userfault.blocks import BlockState
+    from userfault.blocks.policies import EvictionPolicy
     from userfault.errors import (
         Error,
         KernelError,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 _HOME = {
     "arrays": ("ArrayRecipe", "PagedArray", "open_array"),
     "blocks": ("BlockState",),
+    "blocks.policies": ("EvictionPolicy",),
     "errors": (
         "Error",
         "KernelError",
@@ -66,6 +68,7 @@ __all__ = [
     "BlockState",
     "Capabilities",
     "Error",
+    "EvictionPolicy",
     "Exported",
     "FileStore",
     "KernelError",

@@ -17,7 +17,8 @@ from threading import RLock
 from userfault.blocks import geometry as units
 from userfault.blocks.geometry import Geometry
 from userfault.blocks.pins import Pin, Pins
-from userfault.blocks.states import BlockState
+from userfault.blocks.policies import EvictionPolicy, check_policy
+from userfault.blocks.states import CHANGED
 from userfault.errors import PagerLostError, RegionClosedError, StoreError
 from userfault.kernel import process
 from userfault.pager import wire
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-_CHANGED = {int(state) for state in (BlockState.DIRTY, BlockState.FLUSHING, BlockState.PRIVATE)}
+_CHANGED = {int(state) for state in CHANGED}
 _SHORTEST_S, _LONGEST_S = 0.5, 1e9
 SMALLEST_BUDGET = 4
 """Blocks of an automatic budget, however little memory there is."""
@@ -51,15 +52,18 @@ class Region(Residence):
         mode: As `numpy.memmap`: `"r"` read only; `"r+"` changes are written back to the store, which must be writable;
             `"c"` copy on write: changes stay in memory and never reach the store.
         block_size: What is brought in at once, in bytes or as text: a power of two from one page to 2 MiB.
-        budget: The most bytes to keep in memory; the oldest clean blocks are dropped beyond it, and in mode `r+` dirty
+        budget: The most bytes to keep in memory; blocks are dropped beyond it, as `policy` says, and in mode `r+` dirty
             ones when they have been written back. None: half of what is available now (the machine's and the cgroup's,
-            the smaller). `math.inf`: no limit. Never dropped for it are private and pinned blocks, the four that came
-            in last, since one instruction may need as many, and changes that cannot be written back.
+            the smaller), and within the pager's. `math.inf`: no limit. Never dropped for it are private and pinned
+            blocks, the four that came in last, since one instruction may need as many, and changes that cannot be
+            written back. May be set later.
         pager: The pager to answer the faults; None: the default one of this process.
         retry_policy: How often and how patiently the store is asked for a block before the block fails; None: the
             default `RetryPolicy`. It holds for writing back, too.
         sync_interval: In mode `r+`, seconds between two write-backs in the background, kept to within half a second;
             None: only as the budget needs it, at `flush` and at the end.
+        policy: Which blocks are dropped first: `"s3fifo"` (the default: resists scans), `"clock"`, `"fifo"`,
+            `"random"`, or an `EvictionPolicy` of your own.
 
     Threads may share a region.  A forked child does not inherit the memory: a touch there is a SIGSEGV, and methods
     raise `RegionClosedError`.  If the store cannot give a block, a touch of it is a SIGBUS; `ensure` raises instead.
@@ -79,6 +83,7 @@ class Region(Residence):
         pager: Pager | None = None,
         retry_policy: RetryPolicy | None = None,
         sync_interval: float | None = None,
+        policy: str | EvictionPolicy | None = None,
     ) -> None:
         self._closed = True  # until it is open
         self._warns = True
@@ -89,9 +94,11 @@ class Region(Residence):
         self._chooses_budget = budget is None
         self._budget = self._choose_budget(budget)
         self._retry_policy = check_retry_policy(retry_policy)
-        terms = Terms(self._mode, self._budget, self._retry_policy, _check_interval(sync_interval, self._mode))
+        interval = _check_interval(sync_interval, self._mode)
+        terms = Terms(self._mode, self._budget, self._retry_policy, interval, automatic=self._chooses_budget)
         _check_writable(self._store, self._mode)
-        recipe = Recipe(store)
+        self._policy = check_policy(policy)
+        recipe = Recipe(store, self._policy)
         self._pager = check_pager(pager)
         self._link = self._pager.link
         self._link.check()
@@ -139,8 +146,29 @@ class Region(Residence):
 
     @property
     def budget(self) -> int | None:
-        """The most bytes to keep in memory; None: no limit."""
+        """The most bytes to keep in memory; None: no limit.
+
+        Set it to change it, as the argument of the same name: to a smaller one if memory is short, and what is too much
+        is dropped soon after.
+
+        Raises:
+            TypeError, ValueError: as the argument.
+            PagerLostError, RegionClosedError: if there is nobody to tell.
+        """
         return self._budget
+
+    @budget.setter
+    def budget(self, budget: str | float | None) -> None:
+        self._check()
+        checked = self._choose_budget(budget)
+        self._chooses_budget, self._budget = budget is None, checked
+        self._map.set_budget(checked, automatic=self._chooses_budget)
+        self._ask(Message(wire.BUDGET, 0, self._map.identity))
+
+    @property
+    def policy(self) -> str | EvictionPolicy:
+        """What decides which blocks are dropped first: a name, or what was passed in; the pager has its own of it."""
+        return self._policy
 
     @property
     def retry_policy(self) -> RetryPolicy:
@@ -280,6 +308,7 @@ class Region(Residence):
             "mode": "r" if self._mode == "r+" else self._mode,
             "block_size": self.block_size,
             "retry_policy": self._retry_policy,
+            "policy": self._policy,
         }
         return functools.partial(type(self), self._store, **options), ()  # type: ignore[arg-type]  # mixed
 

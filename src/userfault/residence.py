@@ -117,7 +117,9 @@ class Residence:
         """Say how a range will be used, as `madvise(2)` does. It changes what is done, never what is read.
 
         Args:
-            advice: `"willneed"`: as `prefetch`. `"dontneed"`: as `evict`.
+            advice: `"sequential"`: the range is used once, in its order; so its blocks are the first to go when room is
+                needed, and leave in memory what else is there. `"random"`: no longer so. `"willneed"`: as `prefetch`.
+                `"dontneed"`: as `evict`. A worker that takes over from one that died does not know of the first two.
             offset: Bytes from the start.
             length: Bytes; None: to the end.
 
@@ -129,8 +131,12 @@ class Residence:
             self.prefetch(offset, length)
         elif advice == "dontneed":
             self.evict(offset, length)
+        elif advice in ("sequential", "random"):
+            first, stop, _, _ = self._blocks(offset, length, write=False)
+            flags = wire.SEQUENTIAL if advice == "sequential" else 0
+            self._ask(Message(wire.ADVISE, 0, self._map.identity, first, stop, flags=flags))
         else:
-            raise ValueError(f"advice must be 'willneed' or 'dontneed', got {advice!r}")
+            raise ValueError(f"advice must be 'sequential', 'random', 'willneed' or 'dontneed', got {advice!r}")
 
     def _new_pin(self, offset: int, length: int | None, write: bool) -> tuple[Pin, int, int]:
         """Return a pin of a range, which nobody has yet, and the range in bytes."""
@@ -143,7 +149,10 @@ class Residence:
         return Pin(first, stop), start, end
 
     def _most(self) -> int:
-        return UNLIMITED_BLOCKS if self._budget is None else self._budget // self._geometry.block_size
+        """Blocks that may be in memory at once, by its own budget and the pager's."""
+        budgets = self._budget, self._link.shared_by(automatic=self._map.automatic)
+        limits = [max(1, budget // self._geometry.block_size) for budget in budgets if budget is not None]
+        return min(limits, default=UNLIMITED_BLOCKS)
 
     def _bring(self, pin: Pin, write: bool) -> None:
         self._pins.add(pin, self._most())
@@ -175,8 +184,7 @@ class Residence:
             PagerLostError, RegionClosedError: if there is nobody to ask.
         """
         first, stop, _, _ = self._blocks(offset, length, write=False)
-        if self._budget is not None:
-            stop = min(stop, first + self._budget // self._geometry.block_size)
+        stop = min(stop, first + self._most())
         message = Message(wire.ENSURE, 0, self._map.identity, first, stop, flags=0 if wait else wire.NO_ANSWER)
         if wait:
             self._ask(message)

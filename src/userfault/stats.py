@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """How long faults took, from the pager's reading of the message until the thread was let go.
+    """How long something took: faults, from the pager's reading of the message until the thread was let go; or writes.
 
-    `buckets` are `(upper bound in nanoseconds, faults)`, four an octave, empty ones left out; the last bound holds
+    `buckets` are `(upper bound in nanoseconds, how many)`, four an octave, empty ones left out; the last bound holds
     everything above it too.  What the kernel needs to stop and to wake the thread is not in it.
     """
 
@@ -25,7 +25,7 @@ class Latency:
 
     @property
     def count(self) -> int:
-        """How many faults there were."""
+        """How many there were."""
         return sum(count for _, count in self.buckets)
 
     def percentile(self, percent: float) -> float:
@@ -66,6 +66,8 @@ class RegionStats:
     pinned_bytes: int
     evictions: int
     """Blocks dropped from memory."""
+    refaults: int
+    """Blocks brought in that had been dropped before."""
     retries: int
     """Reads that failed and were tried again."""
     failures: int
@@ -75,6 +77,8 @@ class RegionStats:
     duplicates: int
     """Messages about a block that was on its way already."""
     latency: Latency
+    write_latency: Latency
+    """How long the store took for each write, in mode `r+`."""
     placement: str
     """`"following"` while the pager's fault loop is held on the core of the thread that faults, else `"free"`."""
     worker_cpu: int | None
@@ -88,13 +92,17 @@ def read_errors(ledger: Ledger) -> tuple[StoreError, ...]:
     return tuple(failure.decode(text) for _, text in ledger.errors.recent())
 
 
+def _read_latency(words: memoryview, start: int) -> Latency:
+    counts = words[start : start + book.BUCKETS].tolist()
+    return Latency(tuple((bound, n) for bound, n in zip(book.BOUNDS, counts, strict=True) if n))
+
+
 def read_stats(ledger: Ledger, pinned_blocks: int) -> RegionStats:
     """Read a region's counters from its ledger."""
     words = ledger.words
     cpu = words[book.CPU]
     following = cpu < 1 << 16
     size, block_size = ledger.geometry.size, ledger.geometry.block_size
-    counts = words[book.HISTOGRAM : book.HISTOGRAM + book.BUCKETS].tolist()
     return RegionStats(
         faults=words[book.FAULTS],
         blocks_filled=words[book.FILLED],
@@ -105,11 +113,13 @@ def read_stats(ledger: Ledger, pinned_blocks: int) -> RegionStats:
         private_bytes=min(words[book.PRIVATE], size),
         pinned_bytes=min(pinned_blocks * block_size, size),
         evictions=words[book.EVICTIONS],
+        refaults=words[book.REFAULTS],
         retries=words[book.RETRIES],
         failures=words[book.FAILURES],
         errors=read_errors(ledger),
         duplicates=words[book.DUPLICATES],
-        latency=Latency(tuple((bound, n) for bound, n in zip(book.BOUNDS, counts, strict=True) if n)),
+        latency=_read_latency(words, book.HISTOGRAM),
+        write_latency=_read_latency(words, book.WRITES),
         placement="following" if following else "free",
         worker_cpu=cpu if following else None,
     )

@@ -122,7 +122,8 @@ def test_a_recipe_is_small_and_says_what_it_is(path: Path, regions: Count) -> No
     array = open_array(path, "c", block_size="4KiB", budget="1MiB", retry_policy=policy)
     recipe = array[1:3].recipe()
 
-    expected = ArrayRecipe(FileStore(path), "c", 4096, 1 << 20, policy, 128 + 8000, (2, 1000), (8000, 8), ROWS.dtype)
+    geometry = 128 + 8000, (2, 1000), (8000, 8), ROWS.dtype
+    expected = ArrayRecipe(FileStore(path), "c", 4096, 1 << 20, policy, "s3fifo", *geometry)
     assert recipe == expected
     assert hash(recipe) == hash(expected)
     assert repr(recipe).startswith(

@@ -18,10 +18,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
-    from typing import Literal
+    from typing import Any, Literal
 
     from numpy.typing import DTypeLike
 
+    from userfault.blocks.policies import EvictionPolicy
     from userfault.retry import RetryPolicy
 
 
@@ -38,6 +39,7 @@ def open_array(  # noqa: PLR0913  # all of the array's options and all of its re
     *,
     retry_policy: RetryPolicy | None = None,
     sync_interval: float | None = None,
+    policy: str | EvictionPolicy | None = None,
 ) -> PagedArray:
     """Open a file or a store as an array that is brought in block by block, at the first touch.
 
@@ -55,6 +57,7 @@ def open_array(  # noqa: PLR0913  # all of the array's options and all of its re
         store_options: Options of the store that a path is opened with; files have none.
         retry_policy: As `Region`.
         sync_interval: As `Region`.
+        policy: As `Region`.
 
     Returns:
         The array. Its `region` gives statistics, residency and eviction.
@@ -88,7 +91,8 @@ def open_array(  # noqa: PLR0913  # all of the array's options and all of its re
         raise ValueError(
             f"{store.describe()}: an array of shape {header.shape} has no bytes; a region needs at least one"
         )
-    region = Region(store, mode, block_size, budget, retry_policy=retry_policy, sync_interval=sync_interval)
+    options: dict[str, Any] = {"retry_policy": retry_policy, "sync_interval": sync_interval, "policy": policy}
+    region = Region(store, mode, block_size, budget, **options)
     region.owned_by_views()
     try:
         return array_of(Lease(region), header.shape, header.dtype, header.offset, order=header.order)

@@ -222,7 +222,7 @@ class PagedArray(np.ndarray):  # generic in stubs only
                     "another view of the array is alive: delete the slices, arrays and buffers made from it first"
                 )
             region = self.region
-            if last:
+            if last and not region.closed:  # as it is in a forked child
                 region.flush()
             self._lease = None
             self._closed = region

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from userfault.blocks.policies import EvictionPolicy
     from userfault.retry import RetryPolicy
     from userfault.stores import Store
 
@@ -48,7 +49,7 @@ class ArrayRecipe:
 
     Attributes:
         store: Where the bytes live.
-        mode, block_size, budget, retry_policy: As `Region`.
+        mode, block_size, budget, retry_policy, policy: As `Region`.
         offset: Of the array in the store, in bytes: of the item whose indices are all 0.
         shape, strides, dtype: As of any array; strides are in bytes.
 
@@ -65,6 +66,7 @@ class ArrayRecipe:
     block_size: int | str
     budget: str | float | None
     retry_policy: RetryPolicy | None
+    policy: str | EvictionPolicy | None
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -86,7 +88,8 @@ class ArrayRecipe:
         return array_of(lease, self.shape, self.dtype, self.offset, strides=self.strides)
 
     def _open_region(self) -> Region:
-        region = Region(self.store, self.mode, self.block_size, self.budget, retry_policy=self.retry_policy)
+        options: dict[str, Any] = {"retry_policy": self.retry_policy, "policy": self.policy}
+        region = Region(self.store, self.mode, self.block_size, self.budget, **options)
         region.owned_by_views()
         return region
 
@@ -94,7 +97,7 @@ class ArrayRecipe:
 def _pickled(recipe: ArrayRecipe) -> list[memoryview]:
     """Pickle what the region is made of; large buffers stay where they are."""
     buffers: list[pickle.PickleBuffer] = []
-    options = recipe.mode, recipe.block_size, recipe.budget, recipe.retry_policy
+    options = recipe.mode, recipe.block_size, recipe.budget, recipe.retry_policy, recipe.policy
     pickled = pickle.dumps((recipe.store, options), 5, buffer_callback=buffers.append)
     return [memoryview(pickled), *(buffer.raw() for buffer in buffers)]
 

@@ -45,19 +45,27 @@ W_DEATHS, W_ERRORS = range(14, 16)
 W_SYNC = 16
 # Written by the worker: how many workers in a row have died while they were in the store's `write`.
 W_WRITE_DEATHS = 17
+# Written by the application: bytes that the regions of the pager may have together, if this one is among those.
+W_SHARED = 18
+# What became of the region's own eviction policy: written by the worker.
+W_POLICY = 19
+REPLACED = 1
 # The counters: written by the worker.
 COUNTERS = 32
 FAULTS, FILLED, BYTES_READ, EVICTIONS, FAILURES, DUPLICATES, RESIDENT, PRIVATE, CPU, RETRIES = range(
     COUNTERS, COUNTERS + 10
 )
-BYTES_WRITTEN, DIRTY = range(COUNTERS + 10, COUNTERS + 12)
-HISTOGRAM = 128
+BYTES_WRITTEN, DIRTY, REFAULTS = range(COUNTERS + 10, COUNTERS + 13)
 BUCKETS = 96
 """Four buckets an octave from 256 ns: the last begins at about 3.6 s."""
+HISTOGRAM = 128
+"""Of faults."""
+WRITES = HISTOGRAM + BUCKETS
+"""Of writes to the store."""
 
-
-READING, STRUCK, SUSPECT, POISONED = 1, 2, 4, 8
-"""Notes: a store of the user's own is being read; one worker has died meanwhile; two have; the pages are poisoned."""
+READING, STRUCK, SUSPECT, POISONED, EVICTED = 1, 2, 4, 8, 16
+"""Notes: a store of the user's own is being read; one worker has died meanwhile; two have; the pages are poisoned; the
+block has been in memory before, and was dropped."""
 
 BOUNDS = tuple(round(256 * 2 ** (i / 4)) for i in range(BUCKETS))
 """Upper bounds of the latency buckets, in nanoseconds; the last one holds everything above too."""

@@ -81,6 +81,8 @@ A FILLING block that is wholly there is CLEAN.
 
 RESIDENT: Final[frozenset[BlockState]] = frozenset({_S.CLEAN, _S.DIRTY, _S.FLUSHING, _S.PRIVATE})
 """The states in which a read touch simply runs."""
+CHANGED: Final[frozenset[BlockState]] = frozenset({_S.DIRTY, _S.FLUSHING, _S.PRIVATE})
+"""Blocks that hold what the user has written: whatever happens, these bytes stay."""
 
 
 def check(before: BlockState, after: BlockState) -> None:

@@ -7,9 +7,13 @@ import os
 import weakref
 from threading import Lock, RLock
 
+from userfault.blocks.geometry import MAX_BLOCK_SIZE, check_budget
 from userfault.errors import Error, KernelError
-from userfault.pager import link, logs, mapping
+from userfault.kernel import process
+from userfault.pager import link, logs, mapping, wire
 from userfault.pager.link import Link
+from userfault.pager.wire import Message
+from userfault.shield import to_the_end
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,19 +29,44 @@ class Pager:
 
     Threads: may be used by any.  Fork: a child does not inherit it, and starts its own when it opens a region.
 
+    Args:
+        budget: The most bytes that its regions may have in memory together, whatever their own budgets say. None: half
+            of what is available now, for those together whose own budget is automatic. `math.inf`: no limit. A region
+            may keep the four blocks that came in last all the same. May be set later.
+
     Raises:
+        TypeError, ValueError: naming the budget.
         UnsupportedError: if the kernel, or this process's rights, do not suffice; with the remedy.
         PagerLostError: if its processes do not start.
     """
 
-    def __init__(self) -> None:
-        self._link = Link()
+    def __init__(self, budget: str | float | None = None) -> None:
+        self._link = Link(_choose_budget(budget), automatic=budget is None)
         self._watch()
         self._link.start()  # last: whatever interrupts from here on, the finalizer ends what has begun
 
     def _watch(self) -> None:
         self._finalizer = weakref.finalize(self, self._link.drop)
         self._finalizer.atexit = False  # at exit the pager goes by itself, once this process is gone
+
+    @property
+    def budget(self) -> int | None:
+        """The most bytes that its regions may have in memory together; None: no limit.
+
+        Set it to change it, as the argument of the same name.
+
+        Raises:
+            TypeError, ValueError: as the argument.
+            PagerLostError: if there is nobody to tell.
+        """
+        return self._link.budget
+
+    @budget.setter
+    def budget(self, budget: str | float | None) -> None:
+        self._link.check()
+        self._link.budget, self._link.automatic = _choose_budget(budget), budget is None
+        mapping.share_anew(self._link)
+        self._link.request(Message(wire.BUDGET))
 
     @property
     def link(self) -> Link:
@@ -103,6 +132,13 @@ class Pager:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.regions} regions"
         return f"<userfault.Pager supervisor={self.pid} worker={self.worker_pid} {state}>"
+
+
+def _choose_budget(budget: str | float | None) -> int | None:
+    if budget is not None:
+        return check_budget(budget, MAX_BLOCK_SIZE)
+    available: int = to_the_end(process.memory_available)  # which opens files of /proc
+    return max(available // 2, MAX_BLOCK_SIZE)
 
 
 _default: Pager | None = None

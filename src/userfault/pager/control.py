@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import resource
 import select
@@ -21,8 +20,9 @@ from collections import deque
 
 from userfault.blocks.geometry import PAGE_SIZE
 from userfault.errors import Error, StoreError
-from userfault.latch import Latch
 from userfault.pager import evict, failure, faults, wire
+from userfault.pager.ending import write_all_back
+from userfault.pager.evictor import Evictor
 from userfault.pager.exports import FDS_OF_OUTLET, Exports
 from userfault.pager.fellow import Fellow
 from userfault.pager.placement import WATCH_NS
@@ -57,6 +57,7 @@ class Control:
         self.loop = loop
         loop.on_filled = self.progress
         self.regions: dict[int, Served] = {}
+        self.evictor = Evictor()
         self.control = socket.socket(fileno=will["control"])
         self._opening: dict[int, bool] = {}
         """Regions whose store is being made, in a thread; False once they are not wanted any more."""
@@ -85,6 +86,8 @@ class Control:
             wire.EXPORT: self._export,
             wire.RENEW: self._renew,
             wire.FLUSH: self._flush,
+            wire.BUDGET: self._budget,
+            wire.ADVISE: self._advise,
         }
 
     # -- the loop --------------------------------------------------------------------------------------------
@@ -105,26 +108,8 @@ class Control:
                     self._tick()
             self._look(ready)
             self._send()
-        self._write_all_back()
+        write_all_back(self.regions.values(), self.fellow)
         self.fellow.tell(Message(wire.GOODBYE))
-
-    def _write_all_back(self) -> None:
-        """The application is gone: what it has changed must not go with it."""
-        for region in self.regions.values():
-            if region.writeback is None:
-                continue
-            done, patience = Latch(), region.source.retries.patience_ns()
-
-            def ended(error: bytes | None, done: Latch = done) -> None:
-                if error is not None:
-                    failure.report(f"{failure.decode(error)}; changes are lost, since the application has ended")
-                done.set()
-
-            region.on_settled = functools.partial(self.fellow.tell, Message(wire.WRITING, a=patience))
-            region.on_settled()
-            region.writeback.flush(ended)
-            while not done.wait(TICK_MS / 1000):
-                self.fellow.beat()
 
     def _patience(self) -> int:
         """Milliseconds until there is something to do, even if nobody says anything."""
@@ -160,6 +145,7 @@ class Control:
                 region.pool.watch(time.perf_counter_ns())
             if region.writeback is not None:
                 region.writeback.tick(time.perf_counter_ns())
+            region.residents.watch(time.perf_counter_ns())
         done, error = self.uffd.zeropage(
             1 << 16, PAGE_SIZE
         )  # nothing is registered there: ENOENT from a living process
@@ -285,6 +271,7 @@ class Control:
         region.on_news = lambda kind, error: self.post(Message(kind, region=region.id, text=error))
         self.regions[region.id] = region
         self._share_descriptors()
+        self.evictor.serve(region)
         self.loop.add(region)
 
     def _share_descriptors(self) -> None:
@@ -304,6 +291,7 @@ class Control:
             self.loop.remove(region)
             self.fellow.tell(Message(wire.DROP, region=region.id))  # a successor must never serve it again
             region.close((faults.FAULT,))
+            region.room.leave()
             for request in list(self._requests.pop(region.id, [])):
                 request.abandon(failure.encode(StoreError("the region was closed meanwhile")))
             os.close(region.fd)
@@ -367,7 +355,7 @@ class Control:
         region = self._region(message)
 
         def drop(_: bytes | None = None) -> None:
-            dropped = evict.evict_range(region, message.a, message.b)
+            dropped = evict.drop_range(region, message.a, message.b)
             self.post(Message(wire.OK, message.id, a=dropped))
 
         if region.writeback and region.writeback.dirty:
@@ -385,6 +373,18 @@ class Control:
             region.writeback.flush(done)
         else:
             done(None)
+
+    def _budget(self, message: Message) -> None:
+        """A budget has changed: a region's, or the pager's, which is that of all."""
+        for region in [self._region(message)] if message.region else list(self.regions.values()):
+            self.evictor.serve(region)
+        self.post(Message(wire.OK, message.id))
+
+    def _advise(self, message: Message) -> None:
+        residents = self._region(message).residents
+        with residents.lock:
+            residents.advise(message.a, message.b, sequential=bool(message.flags & wire.SEQUENTIAL))
+        self.post(Message(wire.OK, message.id))
 
     def _sync(self, message: Message) -> None:
         self._region(message).publish(self.loop.placement.cpu)

@@ -12,7 +12,7 @@ from threading import Lock
 
 from userfault.blocks import ledger as book
 
-_END = book.HISTOGRAM + book.BUCKETS
+_END = book.WRITES + book.BUCKETS
 
 
 class Counters:
@@ -51,6 +51,12 @@ class Counters:
         """Count a fault that did not end in the fault loop."""
         self.add(book.HISTOGRAM + book.bucket_of(nanoseconds))
 
+    def written(self, length: int, nanoseconds: int) -> None:
+        """Count bytes that the store has taken, and how long it took."""
+        with self._lock:
+            self._tally[book.BYTES_WRITTEN] += length
+            self._tally[book.WRITES + book.bucket_of(nanoseconds)] += 1
+
     def publish(self, words: memoryview, block_size: int, resident: int, dirty: int, cpu: int) -> None:
         """Write the counters into a ledger's words, if anything has changed. Called by the control thread."""
         with self._lock:
@@ -76,5 +82,5 @@ class Counters:
             inline += count
         tally[book.FILLED] += inline
         tally[book.BYTES_READ] += inline * block_size
-        tally[book.FAULTS] = sum(tally[book.HISTOGRAM :])
+        tally[book.FAULTS] = sum(tally[book.HISTOGRAM : book.WRITES])
         tally[book.DUPLICATES] = self.duplicates

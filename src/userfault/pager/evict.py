@@ -2,110 +2,151 @@
 
 A block is dropped by its owner only: whoever holds the claim on it (see `served`).  The state says EVICTING before the
 hole is punched; then the pins are read once more, since the application writes a pin before it asks for anything.
-Neighbours go in one hole, because a single-page drop costs 12 µs of TLB shoot-down when other threads run, and a run of
-512 pages 0.3 µs a page.
+Victims are dropped in batches, and neighbours go in one hole, because a single-page drop costs 12 µs of TLB shoot-down
+when other threads run, and a run of 512 pages 0.3 µs a page.
+
+Clean blocks go before dirty ones: a victim that is dirty is put aside until it has been written back.
 """
 
 from __future__ import annotations
+
+import time
 
 from userfault.blocks import ledger
 from userfault.blocks.states import BlockState
 from userfault.errors import KernelError
 from userfault.kernel import memfd
+from userfault.pager.residents import FLOOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from userfault.pager.served import Served
 
 ABSENT, _FILLING, CLEAN, DIRTY, FLUSHING, PRIVATE, EVICTING, _FAILED = map(int, BlockState)
 BATCH_PAGES = 256
-"""Dropped together when a budget is full: 1 MiB of 4 KiB pages, about 80 µs."""
+"""Dropped together: 1 MiB of 4 KiB pages, about 80 µs."""
 SCAN = 1024
-"""Blocks that a fault looks at for room, at most: if all are pinned it goes on, and the next fault looks further."""
+"""Blocks that are looked at for room, at most: if all are pinned a fault goes on, and the next one looks further."""
 EVICTION = object()
 """The claim of an eviction."""
 
 
-def make_room(region: Served) -> int:
-    """Drop the oldest clean blocks, one batch, but none of the last few: a fault must go on, whatever the budget.
+def drop_victims(region: Served, wanted: int, *, wait: bool = True, floor: int = FLOOR) -> int | None:
+    """Drop up to `wanted` blocks that the policy chooses, but none of the `floor` that came in last.
 
-    Returns the bytes dropped.
-
-    One instruction may need several blocks at once: a load across a boundary two, a copy between two such places four.
-    Were one dropped for another, the instruction would start again for ever.
+    Returns:
+        The bytes dropped; None if another thread is at it, and this one is not to `wait`.
     """
-    batch = max(1, min(BATCH_PAGES // region.pages_per_block, region.limit // 4))
-    wanted = max(batch, region.resident_blocks() - region.limit + batch)
-    return _drop(region, _oldest(region, wanted, lambda block: block not in region.recent, most=SCAN))
+    residents = region.residents
+    if not residents.lock.acquire(wait):
+        return None
+    try:
+        residents.since = time.perf_counter_ns()
+        residents.settle(floor)
+        victims = _claim_victims(region, wanted)
+    finally:
+        residents.since = 0
+        residents.lock.release()
+    return _drop(region, victims)
 
 
-def evict_range(region: Served, first: int, stop: int) -> int:
+def drop_range(region: Served, first: int, stop: int) -> int:
     """Drop what can be dropped in a range of blocks; return the bytes dropped."""
-    return _drop(region, _oldest(region, len(region.order), lambda block: first <= block < stop))
+    residents = region.residents
+    with residents.lock:
+        residents.settle(floor=0)
+        blocks = [block for block in residents.kept if first <= block < stop and block not in residents.private]
+    victims = [block for block in sorted(blocks) if _claim(region, block) and _marked(region, block)]
+    with residents.lock:
+        for block in victims:
+            residents.dropped(block)
+    return _drop(region, victims)
 
 
-def _oldest(region: Served, wanted: int, fits: Callable[[int], bool], most: int | None = None) -> list[int]:
-    """Claim up to `wanted` blocks, oldest first, and mark them. Each block is looked at once, and `most` of them."""
+def _claim_victims(region: Served, wanted: int) -> list[int]:
+    residents = region.residents
     taken: list[int] = []
-    for _ in range(len(region.order) if most is None else min(most, len(region.order))):
+    for _ in range(min(SCAN, residents.candidates())):
         if len(taken) == wanted:
             break
-        try:
-            block = region.order.popleft()
-        except IndexError:  # another thread evicts as well
-            break
-        if not fits(block) or not _take(region, block, taken):
-            region.order.append(block)
+        block, again = residents.next()
+        if not _claim(region, block):
+            residents.offer(block)
+        elif _mark(region, block):
+            residents.gone(block)
+            taken.append(block)
+        else:
+            _keep(region, block, region.states[block], again=again)
+            region.release(block)
     return sorted(taken)
 
 
-def _take(region: Served, block: int, taken: list[int]) -> bool:
-    """Claim one block for eviction; False if it has to stay in the order."""
-    if region.pins[block] or region.claims.setdefault(block, EVICTION) is not EVICTION:
+def _claim(region: Served, block: int) -> bool:
+    return not region.pins[block] and region.claims.setdefault(block, EVICTION) is EVICTION
+
+
+def _mark(region: Served, block: int) -> bool:
+    """Mark a claimed block EVICTING, if it is clean and not pinned."""
+    if region.states[block] != CLEAN:
         return False
-    if region.states[block] == PRIVATE:
-        region.private.add(block)
-    elif region.states[block] in (DIRTY, FLUSHING) and region.writeback:
-        region.writeback.aside.add(block)
-    elif region.states[block] == CLEAN:
-        region.states[block] = EVICTING
-        if not region.pins[block]:
-            taken.append(block)
-            return True
+    region.states[block] = EVICTING
+    if region.pins[block]:
         region.states[block] = CLEAN
-        region.release(block)
         return False
-    region.release(block)
     return True
 
 
+def _marked(region: Served, block: int) -> bool:
+    if not _mark(region, block):
+        region.release(block)
+        return False
+    return True
+
+
+def _keep(region: Served, block: int, state: int, *, again: bool) -> None:
+    """Decide what becomes of a victim that cannot be dropped.
+
+    One that is dirty waits for being clean; unless it comes `again`, for then it has been written to meanwhile.
+    """
+    residents = region.residents
+    if state == PRIVATE:
+        residents.private.add(block)
+    elif state in (DIRTY, FLUSHING) and not again:
+        residents.aside.add(block)
+    elif state in (CLEAN, DIRTY, FLUSHING):
+        residents.offer(block)
+    else:
+        residents.gone(block)
+
+
 def _drop(region: Served, blocks: Iterable[int]) -> int:
-    dropped = 0
-    for first, stop in _runs(blocks):
-        dropped += _drop_run(region, first, stop)
-    return dropped
+    return sum(_drop_run(region, first, stop) for first, stop in _runs(blocks))
 
 
 def _drop_run(region: Served, first: int, stop: int) -> int:
     start, end = region.byte_range(first, stop)
     try:
         memfd.punch_hole(region.fd, start, end - start)
-        after = ABSENT
     except KernelError:  # no memory for the bookkeeping of a partial folio: the blocks stay
-        after = CLEAN
+        _take_back(region, first, stop)
+        return 0
     for block in range(first, stop):
-        region.states[block] = after
-        if region.writeback and after == ABSENT:
+        region.notes[block] |= ledger.EVICTED
+        region.states[block] = ABSENT
+        if region.writeback:
             region.writeback.forget(block)
         region.release(block)
-        if after == CLEAN:  # only now: whoever takes it from the order must find the claim free
-            region.order.append(block)
-    if after == CLEAN:
-        return 0
     region.counters.add(ledger.EVICTIONS, stop - first)
     return end - start
+
+
+def _take_back(region: Served, first: int, stop: int) -> None:
+    for block in range(first, stop):
+        region.states[block] = CLEAN
+        region.release(block)
+        region.residents.arrived.append(block)
 
 
 def _runs(blocks: Iterable[int]) -> Iterator[tuple[int, int]]:

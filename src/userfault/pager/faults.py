@@ -94,7 +94,7 @@ class FaultLoop:
         at = bisect_right(bases, address) - 1
         return regions[at] if at >= 0 and address < regions[at].end else None
 
-    def run(self) -> None:  # noqa: C901, PLR0912, PLR0915  # see the module's docstring
+    def run(self) -> None:  # noqa: C901, PLR0915  # see the module's docstring
         """Read and answer until the process ends."""
         read, clock, placement = os.read, time.perf_counter_ns, self.placement
         unpack, iter_unpack = abi.UFFD_MSG_PAGEFAULT_STRUCT.unpack, abi.UFFD_MSG_PAGEFAULT_STRUCT.iter_unpack
@@ -118,14 +118,14 @@ class FaultLoop:
                         continue
                     region = found
                     base, end, shift, block_size = region.base, region.end, region.shift, region.block_size
-                    whole, mode, order, locate = (
+                    whole, mode, arrived, locate = (
                         region.whole_blocks,
                         region.copy_mode,
-                        region.order,
+                        region.residents.arrived,
                         self._timed(region) if region.source.may_hang else region.source.locate,
                     )
                     states, claims, waiters = region.states, region.claims, region.waiters
-                    bounded, histogram = region.limit < region.geometry.blocks, region.counters.histogram
+                    room, histogram = region.room, region.counters.histogram
                 block = (address - base) >> shift
                 if claims.setdefault(block, claim) is not claim and not self._claims_after_all(region, block):
                     self._ignore(region, block, tid, start)
@@ -141,7 +141,7 @@ class FaultLoop:
                 states[block] = filling
                 offset = block << shift
                 source = locate(offset, block_size) if block < whole else 0
-                if not source or (bounded and region.resident_blocks() >= region.limit):
+                if not source or (len(arrived) >= room.mark and not room.admits()):
                     self._demand(region, block, source, start)
                     continue
                 pack(argument, 0, base + offset, source, block_size, mode, 0)
@@ -151,9 +151,7 @@ class FaultLoop:
                     self._demand(region, block, 0, start)
                     continue
                 states[block] = clean
-                order.append(block)
-                if bounded:
-                    region.recent.append(block)
+                arrived.append(block)
                 del claims[block]
                 if waiters:
                     self._settle(region, block)
@@ -219,7 +217,7 @@ class FaultLoop:
         self.reading = None
         if error is not None:
             self._staging = Staging(2 << 20)  # a store may still be writing into the one of an attempt that failed
-        if (source and region.has_room()) or error:
+        if error or (source and region.room.has()):
             pool_of(region).settle(Work(block, start), error or region.install(block, source))
         else:
             region.claims[block] = READING

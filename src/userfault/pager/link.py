@@ -44,7 +44,12 @@ PASSING = (errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR)
 
 forking = RLock()
 """Held while descriptors exist that a forked child must not inherit unknowingly; a fork waits for it."""
-_LEVELS = {wire.BLOCK_FAILED: logs.ERROR, wire.READ_FAILED: logs.WARNING, wire.WRITE_FAILED: logs.ERROR}
+_LEVELS = {
+    wire.BLOCK_FAILED: logs.ERROR,
+    wire.READ_FAILED: logs.WARNING,
+    wire.WRITE_FAILED: logs.ERROR,
+    wire.BUDGET_FULL: logs.WARNING,
+}
 links: weakref.WeakSet[Link] = weakref.WeakSet()
 """Every link of this process, for the sake of forked children."""
 
@@ -52,7 +57,11 @@ links: weakref.WeakSet[Link] = weakref.WeakSet()
 class Link:
     """A connection to a pager, once it was started. Any thread may call it; a forked child has lost it."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: int | None = None, *, automatic: bool = True) -> None:
+        self.budget = budget
+        """The most bytes that its regions may have in memory together; None: no limit."""
+        self.automatic = automatic
+        """Whether nobody has asked for just this budget; then it is for regions of whose own the same is true."""
         self.pid = os.getpid()
         self.supervisor_pid = self.worker_pid = -1
         self.workers = 0
@@ -64,6 +73,10 @@ class Link:
         self._farewell = ""
         """Why the pager goes, if that was asked for."""
         self._thread = Thread(target=self._listen, name="userfault", daemon=True)
+
+    def shared_by(self, *, automatic: bool) -> int | None:
+        """Return the budget that a region shares with others; None if it does not."""
+        return self.budget if automatic or not self.automatic else None
 
     def start(self) -> None:
         """Start the pager. What is interrupted here, or fails, leaves nothing.

@@ -61,11 +61,15 @@ _lost: list[weakref.ref[Mapping]] = []
 class Terms:
     """How a region is served."""
 
-    __slots__ = ("budget", "mode", "retries", "sync_interval")
+    __slots__ = ("automatic", "budget", "mode", "retries", "sync_interval")
 
-    def __init__(self, mode: str, budget: int | None, retries: RetryPolicy, sync_interval: float | None) -> None:
+    def __init__(
+        self, mode: str, budget: int | None, retries: RetryPolicy, sync_interval: float | None, *, automatic: bool
+    ) -> None:
         self.mode = mode
         self.budget = budget
+        self.automatic = automatic
+        """Whether nobody has asked for just this budget."""
         self.retries = retries
         self.sync_interval = sync_interval
         """Seconds; None: nothing is written back but for the budget, at a flush and at the end."""
@@ -79,6 +83,8 @@ class Mapping(mmap.mmap):
     ledger: Ledger
     identity: int
     writes_back: bool
+    automatic: bool
+    """Whether its budget is."""
     pager: Pager
     link: Link
     _file: int = -1
@@ -103,6 +109,7 @@ class Mapping(mmap.mmap):
         self.pager, self.link, self.identity, self._owner = pager, pager.link, identity, 0
         self.address, self.length = memory.address_of(self), geometry.length
         self.writes_back = terms.mode == "r+"
+        self.automatic = terms.automatic
         layout = Layout(geometry, recipe.length)
         with link.forking:
             fd = self._file = memfd.create("userfault-region", layout.total)
@@ -145,12 +152,27 @@ class Mapping(mmap.mmap):
             book.W_BLOCK_SIZE: layout.geometry.block_size,
             book.W_MODE: MODES[terms.mode],
             book.W_BUDGET: book.NO_BUDGET if terms.budget is None else terms.budget,
+            book.W_SHARED: self._share(),
             book.W_RECIPE_LENGTH: layout.recipe_length,
             book.W_SYNC: round(1e6 * (terms.sync_interval or 0)),
         }
         header.update(enumerate(terms.retries.numbers(), book.W_ATTEMPTS))
         for index, value in header.items():
             words[index] = value
+
+    def _share(self) -> int:
+        shared = self.link.shared_by(automatic=self.automatic)
+        return book.NO_BUDGET if shared is None else shared
+
+    def set_budget(self, budget: int | None, *, automatic: bool) -> None:
+        """Write another budget down; then the pager is to be told."""
+        self.automatic = automatic
+        self.ledger.words[book.W_BUDGET] = book.NO_BUDGET if budget is None else budget
+        self.ledger.words[book.W_SHARED] = self._share()
+
+    def share_anew(self) -> None:
+        """Write down that the pager has another budget."""
+        self.ledger.words[book.W_SHARED] = self._share()
 
     def _cover(self, fd: int) -> None:
         """Map the memfd, inaccessible: what must not exist before it is registered is a page (mlockall makes some)."""
@@ -219,6 +241,13 @@ class Mapping(mmap.mmap):
     def __del__(self) -> None:
         if getattr(self, "_owner", 0) == os.getpid() and not sys.is_finalizing():  # then the pager ends anyway
             to_the_end(lambda: self.link.calls.retire(self))  # which holds it until the pager has answered
+
+
+def share_anew(served_by: Link) -> None:
+    """Write down in every region of a pager that it has another budget."""
+    for mapping in list(_alive):
+        if getattr(mapping, "link", None) is served_by and getattr(mapping, "_owner", 0) == os.getpid():
+            mapping.share_anew()
 
 
 def end_lost() -> None:

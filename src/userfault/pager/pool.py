@@ -23,6 +23,7 @@ from _thread import start_new_thread
 from collections import deque
 from threading import Condition
 
+from userfault.blocks.states import CHANGED
 from userfault.errors import StoreError
 from userfault.pager import failure, placement
 from userfault.pager.staging import Staging
@@ -212,10 +213,14 @@ class Pool:
             if self._reading.pop(me, None) is None:
                 self._abandoned -= 1
                 return False
-        if error is None:
-            self.region.find_room()
-        self.settle(work, error or self.region.install(work.block, source))
+        self.settle(work, error or self._install(work.block, source))
         return True
+
+    def _install(self, block: int, source: int) -> BaseException | None:
+        changed = self.region.states[block] in CHANGED  # it is in memory already, but for pages that the user dropped
+        if not changed:
+            self.region.room.find(block)
+        return self.region.install(block, source, counted=not changed)
 
     def _next(self) -> Work | None:
         """Wait for work; None ends the thread."""

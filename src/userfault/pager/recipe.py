@@ -1,4 +1,4 @@
-"""How a store travels to the pager: by pickle, as with multiprocessing's `spawn`.
+"""How a store, and an eviction policy, travel to the pager: by pickle, as with multiprocessing's `spawn`.
 
 The recipe of a store is its pickle, and whatever large buffers the pickle hands out of band (protocol 5), so that a
 store over a gigabyte of memory is neither copied into the pickle nor out of it: in the worker its buffer is the shared
@@ -18,20 +18,24 @@ from threading import Lock
 
 from userfault.blocks import ledger as book
 from userfault.blocks.geometry import PAGE_SIZE, round_up
+from userfault.blocks.policies import DEFAULT, make_policy
 from userfault.errors import StoreError
 from userfault.pager.failure import name_of
 from userfault.stores.base import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pickle import PickleBuffer
+    from typing import Any
 
     from userfault.blocks.ledger import Ledger
+    from userfault.blocks.policies import EvictionPolicy
 
 MOST_DEATHS = 3
 _LENGTH = struct.Struct("=Q")
 _REMEDY = (
-    "a store travels to the pager by pickle, as with multiprocessing's spawn: "
+    "a {} travels to the pager by pickle, as with multiprocessing's spawn: "
     "define its class in a module that can be imported, and give it arguments that pickle"
 )
 
@@ -41,26 +45,21 @@ class Recipe:
 
     __slots__ = ("_buffers", "_head", "length")
 
-    def __init__(self, store: Store) -> None:
-        """Pickle `store`.
+    def __init__(self, store: Store, policy: str | EvictionPolicy = DEFAULT) -> None:
+        """Pickle both.
 
         Raises:
-            StoreError: if it cannot travel; the message says what it would take.
+            StoreError: if one cannot travel; the message says what it would take.
         """
-        kind = type(store)
-        if kind.__module__ == "__main__":
-            raise StoreError(
-                f"class {kind.__qualname__} is defined in __main__, which no other process can import; {_REMEDY}"
-            )
         buffers: list[PickleBuffer] = []
-        try:
-            pickled = dumps(store, protocol=5, buffer_callback=buffers.append)
-        except Exception as error:
-            raise StoreError(f"{kind.__qualname__} does not pickle ({error}); {_REMEDY}") from error
+        pickled = _pickle("store", store, buffers.append)
+        chosen = _pickle("eviction policy", policy, None)
         self._buffers = [memoryview(buffer.raw()) for buffer in buffers]
-        foreign = not kind.__module__.startswith("userfault.")
+        path = sys.path if _is_users(store) or _is_users(policy) else []
         lengths = [len(buffer) for buffer in self._buffers]
-        head = marshal.dumps((sys.path if foreign else [], store.concurrency, pickled, lengths, name_of(store)[:1000]))
+        head = marshal.dumps(
+            (path, store.concurrency, pickled, lengths, name_of(store)[:1000], _is_users(store), chosen)
+        )
         self._head = _LENGTH.pack(len(head)) + head
         self.length = len(self._head) + sum(PAGE_SIZE + round_up(n, PAGE_SIZE) for n in lengths)
 
@@ -73,17 +72,46 @@ class Recipe:
             offset += round_up(len(buffer), PAGE_SIZE)
 
 
+def _is_users(thing: object) -> bool:
+    return not type(thing).__module__.startswith(("userfault.", "builtins"))
+
+
+def _pickle(role: str, thing: object, keep: Callable[[PickleBuffer], object] | None) -> bytes:
+    kind = type(thing)
+    remedy = _REMEDY.format(role)
+    if kind.__module__ == "__main__":
+        raise StoreError(
+            f"class {kind.__qualname__} is defined in __main__, which no other process can import; {remedy}"
+        )
+    try:
+        return dumps(thing, protocol=5, buffer_callback=keep)
+    except Exception as error:
+        raise StoreError(f"{kind.__qualname__} does not pickle ({error}); {remedy}") from error
+
+
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
         done = os.pwrite(fd, data[: 1 << 30], offset)
         data, offset = data[done:], offset + done
 
 
-def _head(recipe: memoryview) -> tuple[list[str], int, bytes, list[int], str, int]:
-    """Return the path, the store's concurrency, its pickle, the lengths of its buffers, its name, and its end."""
-    (length,) = _LENGTH.unpack_from(recipe)
-    path, concurrency, pickled, lengths, name = marshal.loads(recipe[_LENGTH.size : _LENGTH.size + length])  # noqa: S302
-    return path, concurrency, pickled, lengths, name, round_up(_LENGTH.size + length, PAGE_SIZE)
+class _Head:
+    """What a recipe begins with: the rest are the store's buffers, each on pages of its own, from `end` on."""
+
+    __slots__ = ("concurrency", "end", "foreign", "lengths", "name", "path", "pickled", "policy")
+
+    def __init__(self, recipe: memoryview) -> None:
+        (length,) = _LENGTH.unpack_from(recipe)
+        fields = marshal.loads(recipe[_LENGTH.size : _LENGTH.size + length])  # noqa: S302  # our own application's
+        self.path: list[str]
+        self.concurrency: int
+        self.pickled: bytes
+        self.lengths: list[int]
+        self.name: str
+        self.foreign: bool
+        self.policy: bytes
+        self.path, self.concurrency, self.pickled, self.lengths, self.name, self.foreign, self.policy = fields
+        self.end = round_up(_LENGTH.size + length, PAGE_SIZE)
 
 
 def load(recipe: memoryview, size: int) -> Store:
@@ -92,16 +120,16 @@ def load(recipe: memoryview, size: int) -> Store:
     Raises:
         StoreError: if it cannot be made here, or does not have `size` bytes; `cause` says why.
     """
-    path, _, pickled, lengths, _, offset = _head(recipe)
-    buffers = []
-    for length in lengths:
+    head = _Head(recipe)
+    buffers, offset = [], head.end
+    for length in head.lengths:
         buffers.append(recipe[offset : offset + length])
         offset += round_up(length, PAGE_SIZE)
     try:
-        store = _unpickle(path, pickled, buffers)
+        store: Store = _unpickle(head.path, head.pickled, buffers)
     except BaseException as error:
         cause = f"{type(error).__name__}: {error}"
-        raise StoreError(f"the pager could not make the store; {_REMEDY}", cause=cause) from error
+        raise StoreError(f"the pager could not make the store; {_REMEDY.format('store')}", cause=cause) from error
     if store.size != size:
         raise StoreError(
             f"the store has {store.size} bytes, but had {size} when the region was opened", store=store.describe()
@@ -109,14 +137,28 @@ def load(recipe: memoryview, size: int) -> Store:
     return store
 
 
-def _unpickle(path: list[str], pickled: bytes, buffers: list[memoryview]) -> Store:
+def _unpickle(path: list[str], pickled: bytes, buffers: list[memoryview]) -> Any:
     _extend_path(path)
     try:
-        store: Store = loads(pickled, buffers=buffers)
+        return loads(pickled, buffers=buffers)
     except ModuleNotFoundError:
         _run_path_files(path)  # an editable installation is found by a hook that only `site` installs
-        store = loads(pickled, buffers=buffers)
-    return store
+        return loads(pickled, buffers=buffers)
+
+
+def load_policy(recipe: memoryview) -> EvictionPolicy:
+    """Make the eviction policy of a recipe, in the pager.
+
+    Raises:
+        StoreError: if it cannot be made here; `cause` says why.
+    """
+    head = _Head(recipe)
+    try:
+        policy: str | EvictionPolicy = _unpickle(head.path, head.policy, [])
+    except BaseException as error:
+        cause, remedy = f"{type(error).__name__}: {error}", _REMEDY.format("eviction policy")
+        raise StoreError(f"the pager could not make the eviction policy; {remedy}", cause=cause) from error
+    return make_policy(policy)
 
 
 def load_counted(ledger: Ledger) -> Store:
@@ -144,8 +186,9 @@ class LateStore(Store):
 
     def __init__(self, ledger: Ledger) -> None:
         self.size = ledger.geometry.size
-        _, concurrency, _, _, self._name, _ = _head(ledger.recipe)
-        self.concurrency = max(1, concurrency)
+        head = _Head(ledger.recipe)
+        self._name = head.name
+        self.concurrency = max(1, head.concurrency)
         self._ledger = ledger
         self._store: Store | None = None
         self._lock = Lock()
@@ -179,12 +222,12 @@ class LateStore(Store):
 
 def described(recipe: memoryview) -> str:
     """Return what the store has called itself when it was passed in."""
-    return _head(recipe)[4]
+    return _Head(recipe).name
 
 
 def is_foreign(recipe: memoryview) -> bool:
     """Whether the store is of a class of the user's own, of which nothing is known."""
-    return bool(_head(recipe)[0])
+    return _Head(recipe).foreign
 
 
 def _extend_path(path: list[str]) -> None:

@@ -32,7 +32,7 @@ def recover(region: Served) -> None:
 def _recover_part(region: Served, start: int, part: bytes) -> None:
     clean, absent = part.count(CLEAN), part.count(ABSENT)
     if clean:
-        region.order.extend(block for block, state in enumerate(part, start) if state == CLEAN)
+        region.residents.arrived.extend(block for block, state in enumerate(part, start) if state == CLEAN)
     if clean + absent < len(part):
         for block, state in enumerate(part, start):
             _recover_block(region, block, state)
@@ -42,15 +42,16 @@ def _recover_block(region: Served, block: int, state: int) -> None:
     if state in (FILLING, DIRTY, FLUSHING, PRIVATE) and region.notes[block] & book.READING:
         region.notes[block] ^= book.READING | (book.SUSPECT if region.notes[block] & book.STRUCK else book.STRUCK)
     if state == PRIVATE:
-        region.private.add(block)
+        region.residents.kept.add(block)
+        region.residents.private.add(block)
         region.counters.became_private()
     elif state in (DIRTY, FLUSHING) and region.writeback:
         region.states[block] = DIRTY
         region.writeback.dirty[block] = None
-        region.order.append(block)
+        region.residents.arrived.append(block)
     elif (state == FILLING or (state == EVICTING and region.pins[block])) and _is_whole(region, block):
         region.states[block] = CLEAN  # it was filled; or pinned while its worker looked, and the hole never made
-        region.order.append(block)
+        region.residents.arrived.append(block)
     elif state in (EVICTING, FILLING):  # a part of a block would never be dropped by anybody
         memfd.punch_hole(region.fd, *region.extent(block))
         region.states[block] = FAILED if region.notes[block] & book.POISONED else ABSENT

@@ -28,17 +28,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections import deque
 from threading import Lock
 
 from userfault.blocks import ledger as book
 from userfault.blocks.geometry import PAGE_SIZE
 from userfault.blocks.ledger import Ledger
-from userfault.blocks.states import BlockState
+from userfault.blocks.policies import FifoPolicy
+from userfault.blocks.states import CHANGED, BlockState
 from userfault.errors import KernelError, StoreError
 from userfault.kernel import abi, memfd
-from userfault.pager import evict, failure, poison, wire
+from userfault.pager import evict, failure, poison, recipe, wire
 from userfault.pager.counters import Counters
+from userfault.pager.residents import FLOOR, Residents
+from userfault.pager.room import Room
 from userfault.pager.source import Source
 from userfault.pager.writeback import WriteBack
 from userfault.shield import begin
@@ -52,13 +54,10 @@ if TYPE_CHECKING:
     from userfault.pager.requests import Request
 
 ABSENT, FILLING, CLEAN, DIRTY, FLUSHING, PRIVATE, EVICTING, FAILED = map(int, BlockState)
-CHANGED = (DIRTY, FLUSHING, PRIVATE)
-"""Blocks that hold what the user has written: whatever happens, these bytes stay."""
 INSTALLING = object()
 """The claim of a reader that is about to touch the application's memory."""
-UNLIMITED = 1 << 62
-FLOOR = 4
-"""Blocks that one instruction may need at once: see `evict.make_room`."""
+BATCH = 16
+"""Blocks that are dropped when the kernel has no memory."""
 PATIENCE = 200
 """How often a refusal that may pass (EAGAIN, ENOMEM) is tried again, 1 ms apart at first: ~1 s in all."""
 
@@ -93,8 +92,6 @@ class Served:
         self.block_size = geometry.block_size
         self.pages_per_block = geometry.block_size // PAGE_SIZE
         self.whole_blocks = geometry.size >> geometry.shift
-        budget: int = words[book.W_BUDGET]
-        self.limit = UNLIMITED if budget == book.NO_BUDGET else budget // geometry.block_size
         self.protects = words[book.W_MODE] != book.READ_ONLY
         self.copy_mode = abi.UFFDIO_COPY_MODE_WP if self.protects else 0
         self.states = self.ledger.states
@@ -104,22 +101,20 @@ class Served:
         self.ignored: set[int] = set()
         """Blocks about which a message met a claim: the owner wakes them after its release."""
         self.waiters: dict[int, list[Request]] = {}
-        self.order: deque[int] = deque()
-        """Resident blocks that may be evicted, oldest first; each stands here once."""
-        self.recent: deque[int] = deque(maxlen=FLOOR)
-        """The last blocks that came in, which are not dropped to make room."""
-        self.private: set[int] = set()
-        """Private blocks that eviction has met and taken out of the order."""
         self.closing = False
         self.lock = Lock()
         self._told = self._retold = 0
+        self._told_full = False
         self.counters = Counters(words)
+        policy, retired = recipe.load_policy(self.ledger.recipe), words[book.W_POLICY] == book.REPLACED
+        self.residents = Residents(self.ledger, self.counters, FifoPolicy() if retired else policy)
         self.pool: Pool | None = None
         self.on_settled: Callable[[], None] = _nothing
         """Called after each block that was brought in by another way than the fault loop's own, or failed."""
         self.on_news: Callable[[int, bytes], None] = _nobody
         """Called with a kind of news and an error."""
         self.source = Source(fd, self.ledger, again=again)
+        self.room = Room(self)
         self.writeback = WriteBack(self) if words[book.W_MODE] == book.READ_WRITE else None
 
     # -- numbers ---------------------------------------------------------------------------------------------
@@ -128,15 +123,14 @@ class Served:
         """Return `(start, end)` of a run of blocks, in bytes of the memory: whole pages."""
         return first << self.shift, min(stop << self.shift, self.geometry.length)
 
-    def resident_blocks(self) -> int:
-        """Return how many blocks are in memory."""
-        aside = len(self.writeback.aside) if self.writeback else 0
-        return len(self.order) + len(self.private) + aside
-
     def publish(self, cpu: int) -> None:
         """Write the counters into the ledger. Called by the control thread."""
         dirty = len(self.writeback.dirty) if self.writeback else 0
-        self.counters.publish(self.ledger.words, self.block_size, self.resident_blocks(), dirty, cpu)
+        if self.residents.lock.acquire(blocking=False):  # what comes back is counted when it is settled
+            self.residents.settle()
+            self.residents.lock.release()
+            self.room.remark()
+        self.counters.publish(self.ledger.words, self.block_size, len(self.residents), dirty, cpu)
 
     # -- claims ----------------------------------------------------------------------------------------------
 
@@ -159,10 +153,11 @@ class Served:
 
     # -- bringing a block in ---------------------------------------------------------------------------------
 
-    def install(self, block: int, source: int) -> BaseException | None:
+    def install(self, block: int, source: int, *, counted: bool = False) -> BaseException | None:
         """Make a block visible that lies at `source` in this process; return what went wrong, or None.
 
-        A changed block, from which the user has dropped pages, stays what it is, and gets back what is missing.
+        It may have been `counted` among those in memory already (`Room.find`).  A changed block, from which the user
+        has dropped pages, stays what it is, and gets back what is missing.
         """
         claim, self.claims[block] = self.claims[block], INSTALLING
         try:
@@ -171,7 +166,7 @@ class Served:
             if self.states[block] in CHANGED:
                 self._install(block, source, self.copy_mode if self.states[block] == FLUSHING else 0)
             else:
-                self._settle_in(block, source)
+                self._settle_in(block, source, counted=counted)
         except BaseException as error:  # noqa: BLE001  # whatever it was, the block must not be lost
             self.claims[block] = claim
             return error
@@ -182,37 +177,21 @@ class Served:
         if self.closing:
             return
         if self.notes[block]:
-            self.notes[block] = 0
+            self.notes[block] &= book.EVICTED
         self.on_settled()
         self.counters.filled(self.geometry.span(block)[1])
 
-    def _settle_in(self, block: int, source: int) -> None:
+    def _settle_in(self, block: int, source: int, *, counted: bool) -> None:
         """Install a block within the budget: it counts before it is there, or two at once would each find room."""
-        self.order.append(block)  # eviction leaves it alone, since it is claimed
-        self.recent.append(block)
+        if not counted:
+            self.residents.arrived.append(block)  # eviction leaves it alone, since it is claimed
         try:
-            if self.resident_blocks() > self.limit:
-                evict.make_room(self)
+            self.room.make()
             self._install(block, source, self.copy_mode)
         except BaseException:
-            with contextlib.suppress(ValueError):
-                self.order.remove(block)
+            self.residents.withdraw(block)
             raise
         self.states[block] = CLEAN
-
-    def has_room(self) -> bool:
-        """Whether a block can come in now, if need be for another; if not, changes have to be written back first."""
-        return self.writeback is None or self.resident_blocks() < self.limit or evict.make_room(self) > 0
-
-    def find_room(self) -> None:
-        """See that a block can come in, however long it takes. For threads that may wait, and hold no hot claim.
-
-        If changes cannot be written back, the block comes in all the same: rather more memory than was allowed than a
-        byte that is lost, or a thread that waits for ever.
-        """
-        while not self.closing and not self.has_room():
-            if self.writeback is None or not self.writeback.make_room():
-                break
 
     def extent(self, block: int) -> tuple[int, int]:
         """Return offset and length of a block in the memory: whole pages."""
@@ -234,7 +213,7 @@ class Served:
                 impatience += 1
                 time.sleep(0.001 + 0.0001 * impatience)  # back-off: only the kernel can say when
                 if error == errno.ENOMEM:
-                    evict.make_room(self)
+                    evict.drop_victims(self, BATCH, wait=False)
             elif error == errno.EFAULT:
                 raise StoreError("the file's content went away while it was being copied")
             elif error not in (0, errno.ENOENT, errno.ESRCH):  # those two: nobody is there any more
@@ -287,6 +266,18 @@ class Served:
             failure.report(f"{error}; the changes stay in memory")
             self.on_news(wire.WRITE_FAILED, text)
 
+    def tell_full(self) -> None:
+        """Say, once, that nothing can be dropped: what fills the budget are changes that stay, or pins."""
+        kept = len(self.residents.private)
+        if self._told_full or not kept or kept + FLOOR < self.room.limit:
+            return
+        self._told_full = True
+        size, budget = kept << self.shift, self.room.limit << self.shift
+        cause = f"{size} bytes of private changes (mode='c') stay in memory; give it a larger budget, or use mode='r+'"
+        error = StoreError(f"the budget of {budget} bytes is full", store=self.source.name, cause=cause)
+        failure.report(str(error))
+        self.on_news(wire.BUDGET_FULL, failure.encode(error))
+
     def error_of(self, block: int) -> bytes | None:
         """Return why a block failed, if that is still known."""
         return self.ledger.errors.of(block)
@@ -326,8 +317,6 @@ class Served:
         else:  # the user dropped the page: MADV_REMOVE
             if self.states[block] == CLEAN:
                 self.states[block] = FILLING
-                with contextlib.suppress(ValueError):
-                    self.order.remove(block)
             return False
         return True
 

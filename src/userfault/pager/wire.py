@@ -29,9 +29,9 @@ _FD = struct.Struct("=i")
 _ROOM_FOR_FDS = socket.CMSG_SPACE(MAX_FDS * _FD.size)
 
 # Requests of the application.
-OPEN, CLOSE, ENSURE, EVICT, RETRY, SYNC, BYE, EXPORT, RENEW, FLUSH = range(1, 11)
+OPEN, CLOSE, ENSURE, EVICT, RETRY, SYNC, BYE, EXPORT, RENEW, FLUSH, BUDGET, ADVISE = range(1, 13)
 # Answers and news of the pager.
-OK, FAILED, HELLO, LOST, BLOCK_FAILED, READ_FAILED, WRITE_FAILED = range(16, 23)
+OK, FAILED, HELLO, LOST, BLOCK_FAILED, READ_FAILED, WRITE_FAILED, BUDGET_FULL = range(16, 24)
 # Between supervisor and worker.
 INTRODUCE, KEEP, DROP, PROGRESS, GOODBYE, WRITING = range(32, 38)
 
@@ -39,6 +39,8 @@ INTRODUCE, KEEP, DROP, PROGRESS, GOODBYE, WRITING = range(32, 38)
 WRITE, NO_ANSWER = 1, 2
 # Flags of CLOSE: what cannot be written back is lost; it has been written back already.
 FORCE, WRITTEN = 4, 8
+# A flag of ADVISE; without it the range is used in no order.
+SEQUENTIAL = 16
 
 
 class Message:

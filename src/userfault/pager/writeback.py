@@ -45,9 +45,9 @@ class WriteBack:
     def __init__(self, region: Served) -> None:
         self.region = region
         self._writer = writer = Writer(region)
-        self.dirty, self.aside = writer.dirty, writer.aside
-        self._high = max(1, region.limit // HIGH)
-        self._low = region.limit // LOW
+        self.dirty = writer.dirty
+        self._pause = 0
+        """How many blocks must be dirty before cleaning is tried again, after it has failed."""
         self._kept: bytes | None = None
         """The first error that nobody has been told of."""
         self._flushes: deque[tuple[Done | None, bool]] = deque()
@@ -67,9 +67,12 @@ class WriteBack:
     def became_dirty(self, block: int) -> None:
         """Take note of a first write. The caller has claimed the block."""
         self.dirty[block] = None
-        if len(self.dirty) >= self._high:
+        if self._too_many():
             with self._changed:
                 self._stir()
+
+    def _too_many(self) -> bool:
+        return len(self.dirty) >= max(1, self._pause, self.region.room.ceiling() // HIGH)
 
     def flush(self, done: Done | None, *, durable: bool = True) -> None:
         """Write back what is dirty now, make it durable, then call `done` with what nobody was told before, or None.
@@ -138,7 +141,7 @@ class WriteBack:
             if self._flushes:
                 done, durable = self._flushes.popleft()
                 return lambda: self._flush(done, durable)
-            if self.dirty and (self._wanted or len(self.dirty) >= self._high) and not self.region.closing:
+            if self.dirty and (self._wanted or self._too_many()) and not self.region.closing:
                 return self._clean
             self._working = False
             self._changed.notify_all()
@@ -157,10 +160,16 @@ class WriteBack:
         done(told)
 
     def _clean(self) -> None:
-        """Write the oldest back. If that fails it is not tried at once again: `_high` rises above what is dirty."""
-        oldest = list(self.dirty)
-        error = self._writer.write(oldest[: max(len(oldest) - self._low, self._wanted)])
-        self._high = len(self.dirty) * 2 if error is not None else max(1, self.region.limit // HIGH)
+        """Write some back: those that are to be dropped, then the oldest. After an error not at once again."""
+        aside = [block for block in list(self.region.residents.aside) if block in self.dirty]
+        count = max(len(self.dirty) - self.region.room.ceiling() // LOW, self._wanted, len(aside))
+        chosen = dict.fromkeys(aside)
+        for block in list(self.dirty):
+            if len(chosen) >= count:
+                break
+            chosen[block] = None
+        error = self._writer.write(chosen)
+        self._pause = 0 if error is None else len(self.dirty) * 2
         self._end_round(error)
 
     def _end_round(self, error: StoreError | None) -> None:

@@ -57,8 +57,6 @@ class Writer:
         self.region = region
         self.dirty: dict[int, None] = {}
         """Blocks that are DIRTY or FLUSHING, those first that became so first."""
-        self.aside: set[int] = set()
-        """Those of them that eviction has met and taken out of its order."""
         self.unsafe: set[int] = set()
         """Blocks that the store has taken and not yet made durable."""
         self._giving: dict[object, int] = {}
@@ -199,7 +197,6 @@ class Writer:
                 return said
             region.counters.add(book.RETRIES)
             time.sleep(region.source.retries.pause(failed))
-        region.counters.add(book.BYTES_WRITTEN, len(data))
         region.on_settled()
         return None
 
@@ -207,14 +204,14 @@ class Writer:
         """Make one attempt, known to whoever watches the clock, and to the successor of a worker that dies of it."""
         source, words, me = self.region.source, self.region.ledger.words, object()
         if not source.foreign:
-            return source.write(start, data)
+            return source.write(start, data, self.region.counters)
         if self._deaths >= MOST_DEATHS:
             cause = f"{self._deaths} workers have ended in it, or waited for it longer than the timeout"
             self._deaths = words[book.W_WRITE_DEATHS] = 0
             return StoreError("its write does not return", cause=cause, permanent=True)
         words[book.W_WRITE_DEATHS] = self._deaths + 1
         self._giving[me] = time.perf_counter_ns()
-        error = source.write(start, data)
+        error = source.write(start, data, self.region.counters)
         del self._giving[me]
         self._deaths = words[book.W_WRITE_DEATHS] = 0
         return error
@@ -234,11 +231,10 @@ class Writer:
                 region.states[block] = CLEAN
             else:
                 region.states[block] = DIRTY
-        back = region.states[block] == CLEAN and block in self.aside
+        if region.states[block] == CLEAN and block in region.residents.aside:
+            with region.residents.lock:
+                region.residents.cleaned(block)
         region.release(block)
-        if back:
-            self.aside.discard(block)
-            region.order.append(block)
 
     def make_durable(self) -> StoreError | None:
         """Have the store make durable what it has taken; what it could not is dirty again."""
