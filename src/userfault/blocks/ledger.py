@@ -47,9 +47,8 @@ W_SYNC = 16
 W_WRITE_DEATHS = 17
 # Written by the application: bytes that the regions of the pager may have together, if this one is among those.
 W_SHARED = 18
-# What became of the region's own eviction policy: written by the worker.
-W_POLICY = 19
-REPLACED = 1
+# Written by the worker: how many workers in a row have died in the region's own eviction policy.
+W_POLICY_DEATHS = 19
 # The counters: written by the worker.
 COUNTERS = 32
 FAULTS, FILLED, BYTES_READ, EVICTIONS, FAILURES, DUPLICATES, RESIDENT, PRIVATE, CPU, RETRIES = range(

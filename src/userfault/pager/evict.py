@@ -10,8 +10,6 @@ Clean blocks go before dirty ones: a victim that is dirty is put aside until it 
 
 from __future__ import annotations
 
-import time
-
 from userfault.blocks import ledger
 from userfault.blocks.states import BlockState
 from userfault.errors import KernelError
@@ -43,11 +41,11 @@ def drop_victims(region: Served, wanted: int, *, wait: bool = True, floor: int =
     if not residents.lock.acquire(wait):
         return None
     try:
-        residents.since = time.perf_counter_ns()
+        residents.begin()
         residents.settle(floor)
         victims = _claim_victims(region, wanted)
     finally:
-        residents.since = 0
+        residents.end()
         residents.lock.release()
     return _drop(region, victims)
 

@@ -15,12 +15,13 @@ back it is dropped before any other.  So are blocks of a range that is used once
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict, deque
 from threading import Lock
 
 from userfault.blocks import ledger as book
 from userfault.blocks.policies import EvictionPolicy, FifoPolicy
-from userfault.pager import failure
+from userfault.pager import failure, recipe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,14 +32,16 @@ if TYPE_CHECKING:
 
 FLOOR = 4
 """Blocks that one instruction may need at once."""
-MOST_NS = 10_000_000_000
+MOST_NS = 5_000_000_000
 """How long a policy may take for one batch."""
+MOST_DEATHS = 2
+"""Workers that may end in a policy of a user's own before it is replaced."""
 
 
 class Residents:
     """The blocks of one region that are in memory. Methods are called under `lock`, unless they say otherwise."""
 
-    def __init__(self, ledger: Ledger, counters: Counters, policy: EvictionPolicy) -> None:
+    def __init__(self, ledger: Ledger, counters: Counters) -> None:
         self.arrived: deque[int] = deque()
         """Blocks that came in and that the policy does not know yet, oldest first. Any thread appends, without lock."""
         self.kept: set[int] = set()
@@ -56,12 +59,13 @@ class Residents:
         self.capacity = self._told = 1
         """How many blocks may be in memory, and what the policy was told last."""
         self.since = 0
-        """Since when (ns) a thread asks the policy; 0: none does."""
-        self._policy = policy
+        """Since when (ns) a thread chooses victims; 0: none does."""
+        self._words = ledger.words
+        self._policy = FifoPolicy() if self._is_beyond_hope() else recipe.load_policy(ledger.recipe)
+        self._foreign = not type(self._policy).__module__.startswith("userfault.")
         self._offered = 0
         """How many blocks the policy may choose from."""
         self._notes = ledger.notes
-        self._words = ledger.words
         self._counters = counters
 
     def __len__(self) -> int:
@@ -144,11 +148,26 @@ class Residents:
             self.aside.discard(block)
             self._first[block] = None
 
+    def _is_beyond_hope(self) -> bool:
+        return bool(self._words[book.W_POLICY_DEATHS] >= MOST_DEATHS)
+
+    def begin(self) -> None:
+        """Victims are being chosen, from now until `end`: a successor is to know if this worker ends in it."""
+        self.since = time.perf_counter_ns()
+        if self._foreign:
+            self._words[book.W_POLICY_DEATHS] += 1
+
+    def end(self) -> None:
+        """See `begin`."""
+        self.since = 0
+        if self._foreign:
+            self._words[book.W_POLICY_DEATHS] = 0
+
     def watch(self, now: int) -> None:
         """End the worker if the policy does not answer: a successor does without it. Without the lock."""
         since = self.since
         if since and now - since > MOST_NS:
-            self._words[book.W_POLICY] = book.REPLACED
+            self._words[book.W_POLICY_DEATHS] = MOST_DEATHS
             failure.report(f"the eviction policy {type(self._policy).__name__} does not answer; the worker is replaced")
             os._exit(1)
 
@@ -162,7 +181,8 @@ class Residents:
     def _replace(self, reason: str) -> None:
         failure.report(f"the eviction policy {type(self._policy).__name__} is replaced by fifo: {reason}")
         self._policy = FifoPolicy()
-        self._words[book.W_POLICY] = book.REPLACED
+        self._words[book.W_POLICY_DEATHS] = MOST_DEATHS
+        self._foreign = False
         for block in sorted(self.kept - self.private - self.aside - self._first.keys()):
             self._policy.admit(block)
 

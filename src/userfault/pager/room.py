@@ -94,7 +94,9 @@ class Room:
         limit = self._own
         if self._is_shared():
             limit = min(limit, self.granted >> self.region.shift)
-        reserve = min(limit // PART, MOST_RESERVE >> self.region.shift) if limit >= LEAST_BLOCKS else 0
+        reserve = 0
+        if LEAST_BLOCKS <= limit < self.region.geometry.blocks:
+            reserve = min(limit // PART, MOST_RESERVE >> self.region.shift)
         self.limit, self.high, self.low = limit, limit - reserve, limit - 2 * reserve
         self.region.residents.capacity = min(limit, self.region.geometry.blocks)
         self._set_mark(self.high)
@@ -143,8 +145,15 @@ class Room:
         if len(residents) > self.high:
             while len(residents) > self.low and not self.region.closing:
                 if not self._make(wait=True):
+                    for writeback in self._blockers():
+                        writeback.clean()
                     break
         self.remark()
+
+    def again(self) -> None:
+        """Blocks have been written back: they can be dropped, if there are too many."""
+        if len(self.region.residents) > self.high:
+            self.on_high(self)
 
     def remark(self) -> None:
         """Take note that blocks have been told to the policy, or dropped."""

@@ -33,11 +33,10 @@ from threading import Lock
 from userfault.blocks import ledger as book
 from userfault.blocks.geometry import PAGE_SIZE
 from userfault.blocks.ledger import Ledger
-from userfault.blocks.policies import FifoPolicy
 from userfault.blocks.states import CHANGED, BlockState
 from userfault.errors import KernelError, StoreError
 from userfault.kernel import abi, memfd
-from userfault.pager import evict, failure, poison, recipe, wire
+from userfault.pager import evict, failure, poison, wire
 from userfault.pager.counters import Counters
 from userfault.pager.residents import FLOOR, Residents
 from userfault.pager.room import Room
@@ -106,8 +105,7 @@ class Served:
         self._told = self._retold = 0
         self._told_full = False
         self.counters = Counters(words)
-        policy, retired = recipe.load_policy(self.ledger.recipe), words[book.W_POLICY] == book.REPLACED
-        self.residents = Residents(self.ledger, self.counters, FifoPolicy() if retired else policy)
+        self.residents = Residents(self.ledger, self.counters)
         self.pool: Pool | None = None
         self.on_settled: Callable[[], None] = _nothing
         """Called after each block that was brought in by another way than the fault loop's own, or failed."""

@@ -55,6 +55,8 @@ class WriteBack:
         self._synced = time.perf_counter_ns()
         self._wanted = 0
         """Blocks that somebody waits for to be clean."""
+        self._asked = False
+        """Whether some have to be clean soon, though nobody waits."""
         self._rounds = 0
         """Jobs that have ended."""
         self._failed = False
@@ -81,6 +83,12 @@ class WriteBack:
         """
         with self._changed:
             self._flushes.append((done, durable))
+            self._stir()
+
+    def clean(self) -> None:
+        """Begin to write some back, for there are too many blocks in memory. Never waits for long."""
+        with self._changed:
+            self._asked = not self._failed or self._too_many()
             self._stir()
 
     def make_room(self) -> bool:
@@ -141,7 +149,7 @@ class WriteBack:
             if self._flushes:
                 done, durable = self._flushes.popleft()
                 return lambda: self._flush(done, durable)
-            if self.dirty and (self._wanted or self._too_many()) and not self.region.closing:
+            if self.dirty and (self._wanted or self._asked or self._too_many()) and not self.region.closing:
                 return self._clean
             self._working = False
             self._changed.notify_all()
@@ -161,6 +169,7 @@ class WriteBack:
 
     def _clean(self) -> None:
         """Write some back: those that are to be dropped, then the oldest. After an error not at once again."""
+        self._asked = False
         aside = [block for block in list(self.region.residents.aside) if block in self.dirty]
         count = max(len(self.dirty) - self.region.room.ceiling() // LOW, self._wanted, len(aside))
         chosen = dict.fromkeys(aside)
@@ -171,6 +180,8 @@ class WriteBack:
         error = self._writer.write(chosen)
         self._pause = 0 if error is None else len(self.dirty) * 2
         self._end_round(error)
+        if error is None:
+            self.region.room.again()
 
     def _end_round(self, error: StoreError | None) -> None:
         if error is not None:
