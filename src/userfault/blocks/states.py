@@ -5,7 +5,7 @@ walks it.  A state is one byte in the region's ledger (`userfault.blocks.ledger`
 supervisor and the worker share.  So it outlives the worker, and a new worker knows what the dead one was doing.
 
 The rule that makes this safe: **the state is written first, then the kernel is told.**  `FILLING` stands before the
-`UFFDIO_COPY`, `PRIVATE` before write access is given, `EVICTING` before the hole is punched.  Whatever the moment at
+`UFFDIO_COPY`, `DIRTY` or `PRIVATE` before write access is given, `EVICTING` before the hole is punched.  Whatever the moment at
 which a worker dies, the byte then says what may have happened, and `RECOVERY` says what to make of it.  Pages that a
 dead worker had already copied are right (COPY shows whole pages at once), and a thread may be using them; but a block
 that is half there under the name of `ABSENT` would never fault again where it is there, and never be evicted.  So the
@@ -54,11 +54,15 @@ _S = BlockState
 TRANSITIONS: Final[tuple[Transition, ...]] = (
     (_S.ABSENT, "touch, prefetch, ensure", _S.FILLING),
     (_S.FILLING, "filled", _S.CLEAN),
+    (_S.FILLING, "filled for a write touch, mode c", _S.PRIVATE),
+    (_S.FILLING, "filled for a write touch, mode r+", _S.DIRTY),
     (_S.FILLING, "store failed", _S.FAILED),
     (_S.FILLING, "worker died", _S.ABSENT),
     (_S.CLEAN, "evict", _S.EVICTING),
     (_S.CLEAN, "write touch, mode c", _S.PRIVATE),
     (_S.CLEAN, "write touch, mode r+", _S.DIRTY),
+    (_S.PRIVATE, "not a page came in", _S.FILLING),
+    (_S.DIRTY, "not a page came in", _S.FILLING),
     (_S.DIRTY, "flush", _S.FLUSHING),
     (_S.FLUSHING, "written", _S.CLEAN),
     (_S.FLUSHING, "write touch", _S.DIRTY),

@@ -42,10 +42,10 @@ class Counters:
             self._tally[book.FILLED] += 1
             self._tally[book.BYTES_READ] += length
 
-    def became_private(self) -> None:
+    def became_private(self, blocks: int = 1) -> None:
         """Count a block's first write."""
         with self._lock:
-            self.private_blocks += 1
+            self.private_blocks += blocks
 
     def record(self, nanoseconds: int) -> None:
         """Count a fault that did not end in the fault loop."""

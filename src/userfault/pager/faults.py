@@ -125,6 +125,7 @@ class FaultLoop:
                         self._timed(region) if region.source.may_hang else region.source.locate,
                     )
                     states, claims, waiters = region.states, region.claims, region.waiters
+                    writing = abi.UFFD_PAGEFAULT_FLAG_WRITE if region.protects else 0
                     room, histogram = region.room, region.counters.histogram
                 block = (address - base) >> shift
                 if claims.setdefault(block, claim) is not claim and not self._claims_after_all(region, block):
@@ -141,8 +142,8 @@ class FaultLoop:
                 states[block] = filling
                 offset = block << shift
                 source = locate(offset, block_size) if block < whole else 0
-                if not source or (len(arrived) >= room.mark and not room.admits()):
-                    self._demand(region, block, source, start)
+                if not source or flags & writing or (len(arrived) >= room.mark and not room.admits()):
+                    self._demand(region, block, source, start, write=bool(flags & writing))
                     continue
                 pack(argument, 0, base + offset, source, block_size, mode, 0)
                 try:
@@ -207,8 +208,11 @@ class FaultLoop:
         for request in waiting:
             request.again(block)
 
-    def _demand(self, region: Served, block: int, source: int, start: int) -> None:
-        """Bring in a claimed block that takes more than a copy: room first, a computation, or a read that may wait."""
+    def _demand(self, region: Served, block: int, source: int, start: int, *, write: bool = False) -> None:
+        """Bring in a claimed block that takes more than a copy.
+
+        That is room first, a computation, a read that may wait, or write access at once.
+        """
         self.reading = time.perf_counter_ns(), region, block  # not `start`: others of its batch were served since
         source = source or region.source.at_hand(block, self._staging)
         error: BaseException | None = None
@@ -218,11 +222,12 @@ class FaultLoop:
         if error is not None:
             self._staging = Staging(2 << 20)  # a store may still be writing into the one of an attempt that failed
         if error or (source and region.room.has()):
-            pool_of(region).settle(Work(block, start), error or region.install(block, source))
+            work = Work(block, start, write=write)
+            pool_of(region).settle(work, error or region.install(block, source, write=write))
         else:
             region.claims[block] = READING
             self.placement.relax()
-            pool_of(region).demand(block, start)
+            pool_of(region).demand(block, start, write=write)
 
     def _odd(self, region: Served, block: int, address: int, flags: int, start: int) -> None:
         """A write to a protected block, or a page that is missing though its block's state says otherwise."""

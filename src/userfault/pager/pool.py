@@ -49,13 +49,15 @@ So threads are started with `_thread`: `threading.Thread.start` waits for the fi
 class Work:
     """A block to bring in, for a thread that is stopped at it or for a request."""
 
-    __slots__ = ("block", "failed", "request", "since")
+    __slots__ = ("block", "failed", "request", "since", "write")
 
-    def __init__(self, block: int, since: int = 0, request: Request | None = None) -> None:
+    def __init__(self, block: int, since: int = 0, request: Request | None = None, *, write: bool = False) -> None:
         self.block = block
         self.since = since
         """When it was asked for, in nanoseconds."""
         self.request = request
+        self.write = write
+        """Whether the thread is about to write to it."""
         self.failed = 0
         """Attempts that have failed."""
 
@@ -84,10 +86,10 @@ class Pool:
 
     # -- for other threads -----------------------------------------------------------------------------------
 
-    def demand(self, block: int, since: int) -> None:
+    def demand(self, block: int, since: int, *, write: bool = False) -> None:
         """Bring in a block that a thread waits for since `since` (ns); the caller has claimed it for this pool."""
         with self._changed:
-            self._demands.append(Work(block, since))
+            self._demands.append(Work(block, since, write=write))
             self._stir()
 
     def wants(self, request: Request) -> None:
@@ -213,14 +215,15 @@ class Pool:
             if self._reading.pop(me, None) is None:
                 self._abandoned -= 1
                 return False
-        self.settle(work, error or self._install(work.block, source))
+        self.settle(work, error or self._install(work, source))
         return True
 
-    def _install(self, block: int, source: int) -> BaseException | None:
-        changed = self.region.states[block] in CHANGED  # it is in memory already, but for pages that the user dropped
+    def _install(self, work: Work, source: int) -> BaseException | None:
+        region, block = self.region, work.block
+        changed = region.states[block] in CHANGED  # it is in memory already, but for pages that the user dropped
         if not changed:
-            self.region.room.find(block)
-        return self.region.install(block, source, counted=not changed)
+            region.room.find(block)
+        return region.install(block, source, counted=not changed, write=work.write)
 
     def _next(self) -> Work | None:
         """Wait for work; None ends the thread."""

@@ -151,11 +151,14 @@ class Served:
 
     # -- bringing a block in ---------------------------------------------------------------------------------
 
-    def install(self, block: int, source: int, *, counted: bool = False) -> BaseException | None:
-        """Make a block visible that lies at `source` in this process; return what went wrong, or None.
+    def install(self, block: int, source: int, *, counted: bool = False, write: bool = False) -> BaseException | None:
+        """Make a block visible that lies at `source` in this process, and writable if the thread is about to `write`.
 
         It may have been `counted` among those in memory already (`Room.find`).  A changed block, from which the user
         has dropped pages, stays what it is, and gets back what is missing.
+
+        Returns:
+            What went wrong, or None.
         """
         claim, self.claims[block] = self.claims[block], INSTALLING
         try:
@@ -164,7 +167,7 @@ class Served:
             if self.states[block] in CHANGED:
                 self._install(block, source, self.copy_mode if self.states[block] == FLUSHING else 0)
             else:
-                self._settle_in(block, source, counted=counted)
+                self._settle_in(block, source, counted=counted, write=write)
         except BaseException as error:  # noqa: BLE001  # whatever it was, the block must not be lost
             self.claims[block] = claim
             return error
@@ -179,17 +182,33 @@ class Served:
         self.on_settled()
         self.counters.filled(self.geometry.span(block)[1])
 
-    def _settle_in(self, block: int, source: int, *, counted: bool) -> None:
+    def _settle_in(self, block: int, source: int, *, counted: bool, write: bool) -> None:
         """Install a block within the budget: it counts before it is there, or two at once would each find room."""
         if not counted:
             self.residents.arrived.append(block)  # eviction leaves it alone, since it is claimed
         try:
             self.room.make()
-            self._install(block, source, self.copy_mode)
+            if write:
+                self._note_write(block)
+            self._install(block, source, 0 if write else self.copy_mode)
         except BaseException:
-            self.residents.withdraw(block)
+            if not write or self._is_untouched(block):
+                self.residents.withdraw(block)
             raise
-        self.states[block] = CLEAN
+        if not write:
+            self.states[block] = CLEAN
+
+    def _is_untouched(self, block: int) -> bool:
+        """Whether a block that was to be writable has not come in, not even in part; then it is no longer changed."""
+        start, length = self.extent(block)
+        if any(memfd.data_extents(self.fd, start, start + length)):
+            return False
+        if self.states[block] == PRIVATE:
+            self.counters.became_private(-1)
+        elif self.writeback:
+            self.writeback.dirty.pop(block, None)
+        self.states[block] = FILLING
+        return True
 
     def extent(self, block: int) -> tuple[int, int]:
         """Return offset and length of a block in the memory: whole pages."""

@@ -129,6 +129,8 @@ class Scenario:
         for block in WRITTEN:
             for page in (1, 3):
                 at = block * BLOCK + page * PAGE + 17
+                if block != WRITTEN[0]:  # the first is filled for the write
+                    assert self.memory[at] == self.expected[at]
                 self.memory[at : at + 5] = self.expected[at : at + 5] = b"mine!"
 
     def fail(self) -> None:
