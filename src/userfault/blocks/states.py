@@ -4,13 +4,13 @@ The table is the law: the worker is the owner of every transition, the manual's 
 walks it.  A state is one byte in the region's ledger (`userfault.blocks.ledger`), in memory that the application, the
 supervisor and the worker share.  So it outlives the worker, and a new worker knows what the dead one was doing.
 
-The rule that makes this safe: **the state is written first, then the kernel is told.**  `FILLING` stands before the
-`UFFDIO_COPY`, `DIRTY` or `PRIVATE` before write access is given, `EVICTING` before the hole is punched.  Whatever the moment at
-which a worker dies, the byte then says what may have happened, and `RECOVERY` says what to make of it.  Pages that a
-dead worker had already copied are right (COPY shows whole pages at once), and a thread may be using them; but a block
-that is half there under the name of `ABSENT` would never fault again where it is there, and never be evicted.  So the
-next worker calls a block `CLEAN` that was `FILLING` and is wholly there, and otherwise makes a hole of it, as of one
-that was `EVICTING`: it holds nothing but the store's bytes, and whoever uses them faults again.
+The rule that makes this safe: **the state is written first, then the kernel is told.** `FILLING` stands before the
+`UFFDIO_COPY`, `DIRTY` or `PRIVATE` before write access is given, `EVICTING` before the hole is punched.  Whatever the
+moment at which a worker dies, the byte then says what may have happened, and `RECOVERY` says what to make of it.  Pages
+that a dead worker had already copied are right (COPY shows whole pages at once), and a thread may be using them; but a
+block that is half there under the name of `ABSENT` would never fault again where it is there, and never be evicted.  So
+the next worker calls a block `CLEAN` that was `FILLING` and is wholly there, and otherwise makes a hole of it, as of
+one that was `EVICTING`: it holds nothing but the store's bytes, and whoever uses them faults again.
 
 `DIRTY` and `FLUSHING` belong to regions that write back; they are in the table so that its numbers never change.
 """
