@@ -35,6 +35,9 @@ class EvictionPolicy(ABC):
     and standard error says so. Blocks are numbers from 0.
     """
 
+    asks: bool = True
+    """Whether `victim` asks what was used; if not, nobody need find out."""
+
     def resize(self, blocks: int) -> None:  # noqa: B027  # most need not know
         """Take note of how many blocks may be in memory: at first, and when a budget changes."""
 
@@ -57,6 +60,8 @@ class EvictionPolicy(ABC):
 class FifoPolicy(EvictionPolicy):
     """The oldest goes first. What everybody else does; good for data that is used once."""
 
+    asks = False
+
     def __init__(self) -> None:
         self._order: OrderedDict[int, None] = OrderedDict()
 
@@ -76,6 +81,8 @@ class FifoPolicy(EvictionPolicy):
 class ClockPolicy(FifoPolicy):
     """The oldest that has not been used since the hand last passed."""
 
+    asks = True
+
     def victim(self, used: Used) -> int:
         """Take the oldest; one that has been used goes to the end instead, once."""
         for _ in range(len(self._order)):
@@ -92,6 +99,8 @@ class RandomPolicy(EvictionPolicy):
     Args:
         seed: Of its random numbers.
     """
+
+    asks = False
 
     def __init__(self, seed: int = 0) -> None:
         self._state = seed % _PRIME or 1

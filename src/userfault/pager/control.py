@@ -57,7 +57,7 @@ class Control:
         self.loop = loop
         loop.on_filled = self.progress
         self.regions: dict[int, Served] = {}
-        self.evictor = Evictor()
+        self.evictor = Evictor(will["pid"], self.post)
         self.control = socket.socket(fileno=will["control"])
         self._opening: dict[int, bool] = {}
         """Regions whose store is being made, in a thread; False once they are not wanted any more."""
@@ -88,6 +88,7 @@ class Control:
             wire.FLUSH: self._flush,
             wire.BUDGET: self._budget,
             wire.ADVISE: self._advise,
+            wire.UNMAPPED: self._unmapped,
         }
 
     # -- the loop --------------------------------------------------------------------------------------------
@@ -385,6 +386,11 @@ class Control:
         with residents.lock:
             residents.advise(message.a, message.b, sequential=bool(message.flags & wire.SEQUENTIAL))
         self.post(Message(wire.OK, message.id))
+
+    def _unmapped(self, message: Message) -> None:
+        region = self.regions.get(message.region)
+        if region is not None and region.uses is not None:
+            region.uses.unmapped()
 
     def _sync(self, message: Message) -> None:
         self._region(message).publish(self.loop.placement.cpu)

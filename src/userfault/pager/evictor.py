@@ -12,12 +12,16 @@ from threading import Condition
 
 from userfault.pager import placement
 from userfault.pager.shares import Shares
+from userfault.pager.uses import Uses, open_pagemap
 from userfault.shield import begin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from userfault.pager.room import Room
     from userfault.pager.served import Served
+    from userfault.pager.wire import Message
 
 IDLE_S = 5.0
 
@@ -25,7 +29,10 @@ IDLE_S = 5.0
 class Evictor:
     """One per worker. Any thread may call it."""
 
-    def __init__(self) -> None:
+    def __init__(self, pid: int, ask: Callable[[Message], None]) -> None:
+        """Begin with no region. `ask` sends a message to the application, whose process is `pid`."""
+        self._pid, self._ask = pid, ask
+        self._pagemap = -1
         self._shares = Shares()
         self._rooms: dict[Room, None] = {}
         self._changed = Condition()
@@ -33,6 +40,9 @@ class Evictor:
 
     def serve(self, region: Served) -> None:
         """Keep a region within its budget and the pager's; also anew, when those have changed."""
+        if self._pagemap < 0:
+            self._pagemap = open_pagemap(self._pid)
+        region.uses = region.uses or Uses(region, self._ask, self._pagemap)
         region.room.join(self._shares, self.wants)
         self.wants(region.room)
 
@@ -59,6 +69,8 @@ class Evictor:
         try:
             while (room := self._next()) is not None:
                 room.relieve()
+                if room.region.uses is not None:
+                    room.region.uses.look()
                 self._balance()
         except BaseException as error:  # noqa: BLE001  # its blocks would be claimed for ever: let a successor recover
             sys.excepthook(type(error), error, error.__traceback__)

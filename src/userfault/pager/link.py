@@ -29,6 +29,10 @@ from userfault.pager.lifeline import Lifeline, signal_number
 from userfault.pager.wire import Message
 from userfault.shield import to_the_end
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from userfault.pager.mapping import Mapping
+
 FEATURES = (
     abi.UFFD_FEATURE_THREAD_ID
     | abi.UFFD_FEATURE_MISSING_SHMEM
@@ -62,6 +66,8 @@ class Link:
         """The most bytes that its regions may have in memory together; None: no limit."""
         self.automatic = automatic
         """Whether nobody has asked for just this budget; then it is for regions of whose own the same is true."""
+        self.memories: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
+        """By number, the memory of its regions."""
         self.pid = os.getpid()
         self.supervisor_pid = self.worker_pid = -1
         self.workers = 0
@@ -272,10 +278,17 @@ class Link:
             self._greet(message)
         elif message.kind in _LEVELS:
             logs.put(_LEVELS[message.kind], "region", failure.decode(message.text))
+        elif message.kind == wire.UNMAP:
+            self._unmap(message.region)
         elif message.kind == wire.LOST:
             self._end(message.text.decode())
         else:
             self.calls.hear(message)
+
+    def _unmap(self, region: int) -> None:
+        memory = self.memories.get(region)
+        if memory is not None and memory.unmap_pages():
+            self.calls.tell(Message(wire.UNMAPPED, region=region))
 
     def _greet(self, message: Message) -> None:
         """A worker says hello."""

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 MODES = {"r": book.READ_ONLY, "c": book.COPY_ON_WRITE, "r+": book.READ_WRITE}
 _RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | abi.MAP_NORESERVE
 
+_UNMAPPED_AT_ONCE = 256 << 20
+"""Bytes: 7 ms, in which nobody can fork, nor open or close a region."""
+
 _alive: weakref.WeakSet[Mapping] = weakref.WeakSet()
 _open: dict[weakref.ref[Mapping], tuple[Link, int]] = {}
 """Regions that the pager serves, as far as is known here: on which link, and by which name."""
@@ -125,6 +128,7 @@ class Mapping(mmap.mmap):
                 memory.protect(self.address, self.length, _protection(terms.mode))
                 self._tie = weakref.ref(self, _lost.append)
                 _open[self._tie] = self.link, self.identity
+                self.link.memories[self.identity] = self
                 self._owner = os.getpid()
         except BaseException:
             self.close_file()
@@ -198,6 +202,23 @@ class Mapping(mmap.mmap):
     def views(self) -> int:
         """Count the buffers that are exported. Looks at every object of the interpreter: not for a busy path."""
         return sum(type(holder).__name__ == "managedbuffer" for holder in gc.get_referrers(self))
+
+    def unmap_pages(self) -> bool:
+        """Take its pages out of this process's page tables, not out of memory: a touch maps them again.
+
+        Returns:
+            Whether all of it was done; not of memory that is locked, say, or has ended.
+        """
+        for start in range(0, self.length, _UNMAPPED_AT_ONCE):
+            with link.forking:  # or its addresses might be somebody else's by now
+                if self._owner != os.getpid():
+                    return False
+                length = min(_UNMAPPED_AT_ONCE, self.length - start)
+                try:
+                    memory.advise(self.address + start, length, abi.MADV_DONTNEED)
+                except KernelError:
+                    return False
+        return True
 
     def finish(self) -> bool:
         """Take the memory away, once the pager has let go of it. The addresses stay ours until this object is gone.

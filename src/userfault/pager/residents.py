@@ -51,7 +51,12 @@ class Residents:
         self.aside: set[int] = set()
         """Those of them that go when they are written back."""
         self.lock = Lock()
-        self.used: Callable[[int], bool] = _unknown
+        self.came = self.came_back = 0
+        """Blocks that the policy was told of, and those of them that had been in memory before."""
+        self.touched: set[int] = set()
+        """Blocks that a sample has found used, and that the policy has not asked about since."""
+        self.fresh: set[int] = set()
+        """Blocks that came in since the last sample began."""
         self._first: OrderedDict[int, None] = OrderedDict()
         """Blocks that go before any that the policy would choose."""
         self._streams: list[tuple[int, int]] = []
@@ -87,7 +92,11 @@ class Residents:
             self._ask(lambda policy: policy.resize(self._told))
         for _ in range(len(self.arrived) - floor):
             block = self.arrived.popleft()
+            self.came += 1
+            self.fresh.add(block)
+            self.touched.discard(block)
             if self._notes[block] & book.EVICTED:
+                self.came_back += 1
                 self._notes[block] &= ~book.EVICTED
                 self._counters.add(book.REFAULTS)
             if block in self.kept:  # its pages were dropped by the user, and are back
@@ -119,15 +128,26 @@ class Residents:
         if self._first:
             return self._first.popitem(last=False)[0], True
         self._offered -= 1
-        block = self._ask(lambda policy: policy.victim(self.used))
+        block = self._ask(lambda policy: policy.victim(self._used))
         while block not in self.kept or block in self.private or block in self.aside:  # a user's own policy
             self._replace(f"it names block {block!r}, which it does not have")
-            block = self._ask(lambda policy: policy.victim(self.used))
+            block = self._ask(lambda policy: policy.victim(self._used))
         return int(block), False
+
+    @property
+    def asks(self) -> bool:
+        """Whether the policy wants to know what is used."""
+        return self._policy.asks
+
+    def _used(self, block: int) -> bool:
+        was = block in self.touched
+        self.touched.discard(block)
+        return was
 
     def dropped(self, block: int) -> None:
         """Forget a block that has gone."""
         known = block in self.kept
+        self.touched.discard(block)
         self.kept.discard(block)
         if block in self.aside or block in self.private:
             self.aside.discard(block)
@@ -141,6 +161,7 @@ class Residents:
     def gone(self, block: int) -> None:
         """Forget a victim, as `next` has given it."""
         self.kept.discard(block)
+        self.touched.discard(block)
 
     def cleaned(self, block: int) -> None:
         """A dirty block has been written back: it goes next, if it was to go."""
@@ -185,7 +206,3 @@ class Residents:
         self._foreign = False
         for block in sorted(self.kept - self.private - self.aside - self._first.keys()):
             self._policy.admit(block)
-
-
-def _unknown(block: int) -> bool:  # noqa: ARG001  # as whoever knows
-    return False

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from userfault.kernel.userfaultfd import Userfaultfd
     from userfault.pager.pool import Pool
     from userfault.pager.requests import Request
+    from userfault.pager.uses import Uses
 
 ABSENT, FILLING, CLEAN, DIRTY, FLUSHING, PRIVATE, EVICTING, FAILED = map(int, BlockState)
 INSTALLING = object()
@@ -107,6 +108,7 @@ class Served:
         self.counters = Counters(words)
         self.residents = Residents(self.ledger, self.counters)
         self.pool: Pool | None = None
+        self.uses: Uses | None = None
         self.on_settled: Callable[[], None] = _nothing
         """Called after each block that was brought in by another way than the fault loop's own, or failed."""
         self.on_news: Callable[[int, bytes], None] = _nobody
