@@ -6,16 +6,16 @@ import errno
 import os
 import subprocess
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from userfault import BlockState, FileStore, Region, RetryPolicy, StoreError
-from userfault.testing import RefusingStore, SlowStore
+from userfault.testing import RefusingStore, SlowStore, run_child
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 BLOCK = 65536
 SIZE = 40 * BLOCK + 100
@@ -333,6 +333,25 @@ def test_pinned_blocks_stay_dirty(path: Path) -> None:
         region.flush()
         assert states(region) == {BlockState.CLEAN: 1}
         assert region.stats().pinned_bytes == 0
+
+
+def read_beside_pins(path: str) -> None:
+    """Read all of a file through a budget that is full of pinned changes."""
+    with open_file(Path(path), budget=8 * BLOCK) as region:
+        region.pin(0, 8 * BLOCK, write=True)
+        for at in range(0, 8 * BLOCK, BLOCK):
+            put(region, at, b"pinned")
+        for _ in range(2):
+            with region.memory as memory:
+                assert bytes(memory[8 * BLOCK :]) == Path(path).read_bytes()[8 * BLOCK :]
+        assert region.stats().bytes_written == 0, "what stays dirty was written, though nobody asked"
+        region.unpin(0, 8 * BLOCK)
+    assert all(Path(path).read_bytes()[at : at + 6] == b"pinned" for at in range(0, 8 * BLOCK, BLOCK))
+
+
+def test_pinned_changes_are_not_written_for_room_that_they_cannot_make(path: Path) -> None:
+    """Writing them leaves them dirty: whoever waited for room would wait for ever, and the disk would never rest."""
+    run_child(read_beside_pins, str(path)).check()
 
 
 def test_advice(path: Path) -> None:

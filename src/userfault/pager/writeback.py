@@ -58,7 +58,7 @@ class WriteBack:
         self._rounds = 0
         """Jobs that have ended."""
         self._failed = False
-        """Whether the last one did."""
+        """Whether the last one could write nothing, or not all."""
         self._changed = Condition()
         self._working = False
 
@@ -157,17 +157,22 @@ class WriteBack:
         done(told)
 
     def _clean(self) -> None:
-        """Write the oldest back. If that fails it is not tried at once again: `_high` rises above what is dirty."""
-        oldest = list(self.dirty)
-        error = self._writer.write(oldest[: max(len(oldest) - self._low, self._wanted)])
-        self._high = len(self.dirty) * 2 if error is not None else max(1, self.region.limit // HIGH)
-        self._end_round(error)
+        """Write the oldest back. If that fails it is not tried at once again: `_high` rises above what is dirty.
 
-    def _end_round(self, error: StoreError | None) -> None:
+        Pinned blocks would stay dirty: they are left alone, and do not count.
+        """
+        dirty = list(self.dirty)
+        oldest = [block for block in dirty if not self.region.pins[block]]
+        error = self._writer.write(oldest[: max(len(oldest) - self._low, self._wanted)])
+        high = max(1, self.region.limit // HIGH) + len(dirty) - len(oldest)
+        self._high = len(self.dirty) * 2 if error is not None else high
+        self._end_round(error, idle=not oldest)
+
+    def _end_round(self, error: StoreError | None, *, idle: bool = False) -> None:
         if error is not None:
             self._kept = self._kept or failure.encode(error)
             self.region.tell_write_error(error)
         with self._changed:
-            self._failed = error is not None
+            self._failed = idle or error is not None
             self._rounds += 1
             self._changed.notify_all()
