@@ -10,10 +10,11 @@ import struct
 import time
 from typing import TYPE_CHECKING, Any
 
+from userfault.blocks import ledger
 from userfault.kernel import abi
 from userfault.kernel.memory import address_of
 from userfault.pager import wire
-from userfault.testing import PatternStore
+from userfault.testing import PatternStore, RefusingStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,6 +136,18 @@ class MinedStore(PatternStore):
         return True
 
 
+class MinedFileStore(RefusingStore):
+    """A writable file behind a class of the user's own, which lays a mine in the worker; see `MinedStore`."""
+
+    def __init__(self, path: str, mine: tuple[str, str, str, int]) -> None:
+        super().__init__(path)
+        self.mine = mine
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        lay(*self.mine)
+
+
 ALSO = {"userfault.kernel.userfaultfd.ioctl": ("userfault.pager.faults.ioctl",)}
 """Other names of a function, in modules that have imported it by name."""
 
@@ -144,7 +157,8 @@ def lay(function: str, moment: str, path: str, times: int) -> None:
 
     Args:
         function: Its dotted name.
-        moment: `"before"`, `"after"` or `"half"`, and which calls count: an ioctl or a kind of message.
+        moment: `"before"`, `"after"` or `"half"`, and which calls count: an ioctl, a kind of message, or `"r+"` for
+            those about the memory of a region that writes back.
         path: What counts the calls, in all workers together.
         times: How often.
     """
@@ -172,13 +186,17 @@ def _counts(which: str, args: tuple[Any, ...]) -> bool:
     """Tell whether this is a call of `ioctl(fd, request, argument)` or `send(socket, message)` that counts."""
     if not which:
         return True
+    if which == "r+":
+        return ledger.read_words(args[0])[ledger.W_MODE] == ledger.READ_WRITE
     if which.startswith("UFFDIO"):
         return bool(args[1] == getattr(abi, which))
     return bool(args[1].kind == getattr(wire, which))
 
 
 def _half(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Cut a UFFDIO_COPY, or a hole, to half of its pages."""
+    """Cut a UFFDIO_COPY, or what is done to a range of memory, to half of its pages; and a write to half its bytes."""
+    if isinstance(args[-1], memoryview):
+        return *args[:-1], args[-1][: len(args[-1]) // 2]
     if isinstance(args[-1], int):
         fd, offset, length = args
         return fd, offset, _half_length(length)
