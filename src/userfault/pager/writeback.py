@@ -6,6 +6,10 @@ Two writes of one block that were under way at once could reach the store in the
 at a time: a *flush* writes whatever is dirty at its beginning, and has the store make it durable; *cleaning* writes the
 blocks that became dirty first, so that eviction finds clean ones.  Within a job several threads write, each block once.
 
+While there are jobs the region has a claim of ours, JOB, for which its end waits: what is read from a memfd that is
+being emptied or closed would be zeros, or the bytes of another region, and a write that reaches the store after
+`close()` has returned would undo what somebody else has written there since.
+
 Errors
 ------
 A block that could not be written stays DIRTY and in memory; nothing is ever dropped because of an error.  What went
@@ -23,7 +27,7 @@ from threading import Condition
 
 from userfault.blocks import ledger as book
 from userfault.errors import StoreError
-from userfault.pager import failure, placement
+from userfault.pager import evict, failure, placement
 from userfault.pager.writer import Writer
 from userfault.shield import begin
 
@@ -37,6 +41,9 @@ if TYPE_CHECKING:
 
 HIGH, LOW = 2, 4
 """Cleaning begins when one in HIGH of the blocks that the budget holds is dirty, and goes on until one in LOW is."""
+
+JOB = -1
+"""Claimed, though it is no block, from the first job to the last."""
 
 
 class WriteBack:
@@ -113,12 +120,17 @@ class WriteBack:
 
     def _stir(self) -> None:
         """Under the lock: see that somebody works."""
-        if self._working or self.region.closing:
+        if self._working:
+            return
+        self.region.claims[JOB] = evict.EVICTION  # which is among those that `Served.close` waits for
+        if self.region.closing:
+            del self.region.claims[JOB]
             return
         try:
             begin(self._work)
             self._working = True
         except RuntimeError:  # no thread to be had; who waits is told, the others will try again
+            del self.region.claims[JOB]
             error = failure.encode(StoreError("the pager has no thread to write with", store=self.region.source.name))
             while self._flushes:
                 if (done := self._flushes.popleft()[0]) is not None:
@@ -141,12 +153,13 @@ class WriteBack:
             if self.dirty and (self._wanted or len(self.dirty) >= self._high) and not self.region.closing:
                 return self._clean
             self._working = False
+            del self.region.claims[JOB]
             self._changed.notify_all()
             return None
 
     def _flush(self, done: Done | None, durable: bool) -> None:
         error = self._writer.write(list(self.dirty))
-        if error is None and durable:
+        if error is None and durable and not self.region.closing:
             error = self._writer.make_durable()
         self._end_round(error)
         if done is None:

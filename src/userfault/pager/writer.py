@@ -192,7 +192,7 @@ class Writer:
 
     def _give_range(self, start: int, data: memoryview) -> StoreError | None:
         region, failed = self.region, 0
-        while (error := self._ask(start, data)) is not None:
+        while not region.closing and (error := self._ask(start, data)) is not None:
             failed += 1
             said = failure.describe(error, region.source.name, start, len(data), failed, NOT_TAKEN)
             if not region.source.retries.allow(failed, said):
@@ -225,8 +225,8 @@ class Writer:
         A pinned block stays dirty: a device that holds its pages may write to them, and no protection would show it.
         """
         region = self.region
-        while region.claims.setdefault(block, WRITING) is not WRITING:
-            time.sleep(CLAIM_S)
+        if not self._claim(block):
+            return
         if region.states[block] == FLUSHING:
             if written and not region.pins[block]:
                 self.unsafe.add(block)
@@ -239,6 +239,14 @@ class Writer:
         if back:
             self.aside.discard(block)
             region.order.append(block)
+
+    def _claim(self, block: int) -> bool:
+        """Wait for a block; False if the region ends, which shall not wait for whoever has the block."""
+        while self.region.claims.setdefault(block, WRITING) is not WRITING:
+            if self.region.closing:
+                return False
+            time.sleep(CLAIM_S)
+        return True
 
     def make_durable(self) -> StoreError | None:
         """Have the store make durable what it has taken; what it could not is dirty again."""
@@ -254,8 +262,8 @@ class Writer:
 
     def _make_dirty(self, block: int) -> None:
         region = self.region
-        while region.claims.setdefault(block, WRITING) is not WRITING:
-            time.sleep(CLAIM_S)
+        if not self._claim(block):
+            return
         if region.states[block] == CLEAN:
             region.states[block] = DIRTY
             self.dirty[block] = None

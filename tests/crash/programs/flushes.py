@@ -56,7 +56,7 @@ class Scenario:
 
     def run(self) -> None:
         """Change, flush and drop, while another thread changes; then look at everything."""
-        other = threading.Thread(target=self.disturb)
+        other = threading.Thread(target=self.disturb, daemon=True)
         other.start()
         rounds = 0
         while rounds < 2 or (self.deaths() < self.times and rounds < ROUNDS):

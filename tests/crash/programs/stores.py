@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import struct
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from userfault.blocks import ledger
 from userfault.kernel import abi
 from userfault.kernel.memory import address_of
 from userfault.pager import wire
+from userfault.pager.served import Served
 from userfault.testing import PatternStore, RefusingStore
 
 if TYPE_CHECKING:
@@ -146,6 +148,49 @@ class MinedFileStore(RefusingStore):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         lay(*self.mine)
+
+
+class LateWritingStore(RefusingStore):
+    """A file of which one block is being written when its region ends in the worker, as chance may have it.
+
+    Args:
+        path: The file.
+        log: Gets a line when that write has ended, and one when the region has.
+    """
+
+    def __init__(self, path: str, log: str) -> None:
+        super().__init__(path)
+        self.log = log
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.entered, self.closed = threading.Event(), threading.Event()
+        self.ending = False
+        close = Served.close
+
+        def write_and_close(region: Served, *args: Any) -> None:
+            if region.writeback is not None:
+                self.ending = True
+                region.writeback.flush(None)  # as a tick does, for what stays dirty since it is pinned
+                self.entered.wait()
+            close(region, *args)
+            self.note("closed")
+            self.closed.set()
+
+        Served.close = write_and_close  # type: ignore[assignment,method-assign]  # that is the purpose
+
+    def note(self, word: str) -> None:
+        """Write a word to the log."""
+        with open(self.log, "a", encoding="ascii") as file:
+            file.write(f"{word}\n")
+
+    def write(self, offset: int, data: memoryview) -> None:
+        if self.ending:
+            self.entered.set()
+            self.closed.wait(0.3)  # long enough for who does not wait
+        super().write(offset, data)
+        if self.ending:
+            self.note("written")
 
 
 ALSO = {"userfault.kernel.userfaultfd.ioctl": ("userfault.pager.faults.ioctl",)}
