@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from userfault import BlockState, FileStore, Region, RetryPolicy, StoreError
+from userfault import BlockState, FileStore, Pager, Region, RetryPolicy, StoreError
 from userfault.testing import RefusingStore, SlowStore, run_child
 
 if TYPE_CHECKING:
@@ -236,6 +238,30 @@ def test_bytes_that_were_not_made_durable_are_dirty_again(path: Path, tmp_path: 
         region.flush()
         assert states(region) == {BlockState.CLEAN: 1}
         assert region.stats().bytes_written == 2 * BLOCK
+
+
+def test_bytes_that_a_dead_worker_wrote_and_nobody_made_durable(path: Path, tmp_path: Path) -> None:
+    """Its successor does not know which those are: when they may be lost, whatever is there is dirty again."""
+    lose = tmp_path / "lose"
+    with Pager() as pager, Region(RefusingStore(path, lose=lose), "r+", pager=pager) as region:
+        for at in range(0, 6 * BLOCK, BLOCK):
+            put(region, at, b"once")
+        region.evict(6 * BLOCK, BLOCK)  # the store takes everything, and nothing is dropped
+        assert states(region) == {BlockState.CLEAN: 6}
+        os.kill(pager.worker_pid, signal.SIGKILL)
+        lose.touch()
+        with pytest.raises(StoreError, match="could not make its bytes durable"):
+            region.flush()
+        for _ in range(2000):  # who was asked twice, by message to the dead one and anew, is at it once more
+            if states(region) == {BlockState.DIRTY: 6}:
+                break
+            threading.Event().wait(0.005)
+        assert states(region) == {BlockState.DIRTY: 6}
+        lose.unlink()
+        with contextlib.suppress(StoreError):
+            region.flush()
+        region.flush()
+        assert states(region) == {BlockState.CLEAN: 6}
 
 
 @pytest.mark.parametrize("how", ["crash", "stall"])

@@ -65,6 +65,7 @@ class WriteBackMachine(RuleBasedStateMachine):
     )
     def open(self, block_size: int, blocks: int | None, sync: float | None) -> None:
         budget = float("inf") if blocks is None else blocks * block_size
+        self.budget = budget
         self.limit = None if blocks is None else max(blocks, 4) * block_size
         store = FileStore(self.path, writable=True)
         self.region = Region(store, "r+", block_size, budget, self.pager, sync_interval=sync)
@@ -125,8 +126,7 @@ class WriteBackMachine(RuleBasedStateMachine):
         try:
             self.open_region.save(other)
         except ValueError:  # it pins each block for a moment, and the budget may be full of pins
-            assert self.limit is not None
-            assert self.open_region.stats().pinned_bytes + self.open_region.block_size > self.limit
+            assert self.open_region.stats().pinned_bytes + self.open_region.block_size > self.budget
         else:
             assert other.read_bytes() == self.model
 

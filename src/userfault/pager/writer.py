@@ -61,6 +61,8 @@ class Writer:
         """Those of them that eviction has met and taken out of its order."""
         self.unsafe: set[int] = set()
         """Blocks that the store has taken and not yet made durable."""
+        self._inherited = True
+        """Whether the store may have taken clean blocks from a worker that is dead, and not made them durable."""
         self._giving: dict[object, int] = {}
         """By thread: since when (ns) it is in the store's `write`."""
         self._deaths: int = region.ledger.words[book.W_WRITE_DEATHS]
@@ -255,8 +257,9 @@ class Writer:
         self.unsafe -= pending
         error = region.source.flush()
         if error is None:
+            self._inherited = False
             return None
-        for block in pending:
+        for block in pending.union(list(region.order) if self._inherited else ()):
             self._make_dirty(block)
         return failure.describe(error, region.source.name, 0, 0, 1, NOT_DURABLE)
 

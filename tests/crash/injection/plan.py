@@ -108,7 +108,7 @@ OF_WRITING = (
 
 
 def each_of_writing(rehearsal: Rehearsal, rng: random.Random, *, soak: bool) -> Iterator[Step]:
-    """Yield scenes of write-back in which each call of a write-back fails: somewhere; or in each way, early and late."""
+    """Yield scenes of write-back in which each of its calls fails: somewhere; or in each way, early and late."""
     for name in OF_WRITING:
         for scene in WRITING if soak else (rng.choice(WRITING),):
             most = rehearsal.made["worker", name][scene, FRESH]
