@@ -17,6 +17,7 @@ from userfault.kernel.memory import address_of
 from userfault.pager import wire
 from userfault.pager.served import Served
 from userfault.testing import PatternStore, RefusingStore
+from userfault.testing.patterns import RecipeStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,6 +149,34 @@ class MinedFileStore(RefusingStore):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         lay(*self.mine)
+
+
+class WholeBlocksStore(RecipeStore):
+    """A folder with a file for each block, which is replaced whole: nobody ever sees a half of the new one."""
+
+    writable = True
+
+    def __init__(self, folder: str, blocks: int, block_size: int) -> None:
+        self.folder, self.size, self.block_size = folder, blocks * block_size, block_size
+
+    def path(self, block: int) -> str:
+        """Return the file of a block."""
+        return os.path.join(self.folder, str(block))
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        with open(self.path(offset // self.block_size), "rb") as file:
+            if file.readinto(buffer) != self.block_size:
+                raise OSError("a part of a block was asked for")
+
+    def write(self, offset: int, data: memoryview) -> None:
+        for at in range(0, len(data), self.block_size):
+            path = self.path((offset + at) // self.block_size)
+            with open(f"{path}.new", "wb") as file:
+                file.write(data[at : at + self.block_size])
+            os.rename(f"{path}.new", path)
+
+    def flush(self) -> None:
+        pass
 
 
 class LateWritingStore(RefusingStore):
