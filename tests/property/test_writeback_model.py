@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
@@ -27,6 +28,8 @@ from userfault.testing import PatternStore
 
 SIZES = [1, PAGE_SIZE, PAGE_SIZE + 1, 10 * PAGE_SIZE + 7, 65536 * 3 + 5, 40 * PAGE_SIZE]
 BLOCKS = [PAGE_SIZE, 2 * PAGE_SIZE, 16 * PAGE_SIZE, 2 << 20]
+PATIENCE_S = 20.0
+"""How long a successor may take on a busy machine."""
 where = st.tuples(st.floats(0, 1), st.floats(0, 1))
 
 
@@ -134,11 +137,18 @@ class WriteBackMachine(RuleBasedStateMachine):
     @rule(who=st.sampled_from(["worker", "supervisor"]))
     def kill(self, who: str) -> None:
         self.kills += 1
-        pid = self.pager.worker_pid if who == "worker" else self.pager.pid
+        pid = self._pid(who)
         with contextlib.suppress(ProcessLookupError):  # a new one that has not said hello yet
             os.kill(pid, 9)
         with Region(MemoryStore(b"x"), pager=self.pager) as other:
             other.ensure()  # answered by the next one; it has filled a block, so that its death will not count
+        deadline = time.monotonic() + PATIENCE_S
+        while self._pid(who) == pid:  # were the other killed before this one is missed, that would be the end
+            assert time.monotonic() < deadline, f"no successor of {who} {pid}"
+            time.sleep(0.001)
+
+    def _pid(self, who: str) -> int:
+        return self.pager.worker_pid if who == "worker" else self.pager.pid
 
     @invariant()
     def budgets_hold(self) -> None:
