@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.crash.injection import seccomp
-from tests.crash.injection.plan import FRESH, KEPT, REHEARSALS, Rehearsal, Tally, all_ways, each_once, elsewhere
+from tests.crash.injection.plan import (
+    FRESH,
+    KEPT,
+    REHEARSALS,
+    Rehearsal,
+    Tally,
+    all_ways,
+    each_of_writing,
+    each_once,
+    elsewhere,
+)
 from tests.crash.injection.stage import Failure, Stage
 
 if TYPE_CHECKING:
@@ -83,6 +93,11 @@ def test_each_call_fails_once_in_each_role(rehearsal: Rehearsal, rng: random.Ran
             play_all(elsewhere(rehearsal, unreached), tally)
     assert not tally.wrong, "\n\n".join(tally.wrong)
     assert not tally.unreached(steps), tally.unreached(steps)
+
+
+def test_each_call_of_a_write_back_fails(rehearsal: Rehearsal, rng: random.Random, soak: bool) -> None:
+    tally = play_all(each_of_writing(rehearsal, rng, soak=soak))
+    assert not tally.wrong, "\n\n".join(tally.wrong)
 
 
 @pytest.mark.soak

@@ -40,8 +40,17 @@ TIMES, MANY = 3, 20
 """Deaths of one kind in one run: every other call ends the worker, so that it always gets something done as well."""
 
 
-def die(start: Start, tmp_path: Path, kind: str, function: str, moment: str, times: int) -> None:
-    with start("transitions.run", kind, (function, moment, times), str(tmp_path), limit=60) as victim:
+def die(
+    start: Start,
+    tmp_path: Path,
+    kind: str,
+    function: str,
+    moment: str,
+    times: int,
+    *,
+    program: str = "transitions.run",
+) -> None:
+    with start(program, kind, (function, moment, times), str(tmp_path), limit=60) as victim:
         (deaths,) = victim.expect("over")
         victim.end().check()
     assert 0 < deaths <= times

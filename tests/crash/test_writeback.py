@@ -91,3 +91,12 @@ def test_what_a_dead_application_has_changed_is_written_back(
         victim.process.wait()
         victim.assert_no_pager()
         assert (tmp_path / "data").read_bytes() == expected(content, seed)
+
+
+@pytest.mark.usefixtures("content")
+def test_a_region_does_not_end_while_a_block_is_being_written(start: Start, tmp_path: Path) -> None:
+    """Else zeros of its emptied memory would be written, or what somebody else has written meanwhile be undone."""
+    with start("changes.close_while_writing", str(tmp_path / "data"), str(tmp_path / "log")) as victim:
+        assert victim.expect("order") == ["written", "closed"]
+        assert victim.expect("found") == ["pinned"]
+        victim.end().check()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+
+from userfault.kernel import process
 
 _BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -60,3 +64,56 @@ def test_exported_measures_every_row_and_writes_its_files(tmp_path: Path) -> Non
     for check in document["checks"]:
         assert check["name"] in result.stdout
     assert ET.parse(tmp_path / "exported.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.benchmark
+@pytest.mark.skipif(os.geteuid() != 0, reason="memory cgroups are made by root; run the tests as root")
+def test_out_of_core_measures_every_row_and_leaves_nothing(tmp_path: Path) -> None:
+    drawn, figures, made = tmp_path / "drawn.svg", tmp_path / "figures.json", tmp_path / "made"
+    made.mkdir()
+    before = _orphans()
+
+    result = _run(
+        "out_of_core", "--brief", "--json", str(figures), "--plot", str(drawn), "--folder", str(made), TMPDIR=str(made)
+    )
+
+    if "no memory cgroup can be made" in result.stderr:
+        pytest.skip(result.stderr.strip())
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(figures.read_text())["rows"]
+    variants = {(row["workload"], row["cache"]): set[str]() for row in rows}
+    checksums = {key: set[int]() for key in variants}
+    for row in rows:
+        variants[row["workload"], row["cache"]].add(row["variant"])
+        checksums[row["workload"], row["cache"]] |= {run["checksum"] for run in row["runs"]}
+        assert (len(row["runs"]), row["failures"]) == (1, [])
+        assert row["runs"][0]["peak"] > 0
+    two, four = {"ours, 64 KiB", "memmap"}, {"ours, 64 KiB", "ours, 4 KiB", "memmap", "memmap, MADV_RANDOM"}
+    expected = {"scan": two, "sort": two, "uniform": four, "zipf": four, "change": four}
+    assert variants == {(name, cache): expected[name] for name in expected for cache in ("cold", "hot")}
+    assert {len(found) for found in checksums.values()} == {1}
+    assert ET.parse(drawn).getroot().tag.endswith("svg")
+    assert (list(made.iterdir()), _orphans() - before) == ([], set())
+
+
+@pytest.mark.benchmark
+@pytest.mark.skipif(os.geteuid() != 0, reason="memory cgroups are made by root; run the tests as root")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_out_of_core_leaves_nothing_when_it_is_interrupted(tmp_path: Path, number: int, status: int) -> None:
+    before = _orphans()
+    command = [sys.executable, str(_BENCHMARKS / "out_of_core.py"), "--brief", "--folder", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stderr is not None
+        said = program.stderr.readline()  # the first run begins
+        if "no memory cgroup can be made" in said:
+            pytest.skip(said.strip())
+        program.send_signal(number)
+        assert program.wait(60) == status, program.stderr.read()
+
+    assert (list(tmp_path.iterdir()), _orphans() - before) == ([], set())
+
+
+def _orphans() -> set[str]:
+    """Cgroups of benchmarks that have ended."""
+    made = {path for top, _ in process.memory_cgroups() for path in glob.glob(f"{top}/userfault-bench-*")}
+    return {path for path in made if not Path("/proc", path.rpartition("/")[2].split("-")[2]).exists()}

@@ -22,6 +22,7 @@ _SAID = {
     "changed_pages": "100 of 4096 pages copied, equal: True",
     "array_from_c": "40000000 of 40000000 bytes equal, 9766 faults answered",
     "asyncio_pager": "16 pages filled",
+    "external_sort": "in memory; right: True",
 }
 
 

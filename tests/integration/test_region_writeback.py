@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import subprocess
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from userfault import BlockState, FileStore, Region, RetryPolicy, StoreError
-from userfault.testing import RefusingStore, SlowStore
+from userfault import BlockState, FileStore, Pager, Region, RetryPolicy, StoreError
+from userfault.testing import RefusingStore, SlowStore, run_child
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 BLOCK = 65536
 SIZE = 40 * BLOCK + 100
@@ -238,6 +240,30 @@ def test_bytes_that_were_not_made_durable_are_dirty_again(path: Path, tmp_path: 
         assert region.stats().bytes_written == 2 * BLOCK
 
 
+def test_bytes_that_a_dead_worker_wrote_and_nobody_made_durable(path: Path, tmp_path: Path) -> None:
+    """Its successor does not know which those are: when they may be lost, whatever is there is dirty again."""
+    lose = tmp_path / "lose"
+    with Pager() as pager, Region(RefusingStore(path, lose=lose), "r+", pager=pager) as region:
+        for at in range(0, 6 * BLOCK, BLOCK):
+            put(region, at, b"once")
+        region.evict(6 * BLOCK, BLOCK)  # the store takes everything, and nothing is dropped
+        assert states(region) == {BlockState.CLEAN: 6}
+        os.kill(pager.worker_pid, signal.SIGKILL)
+        lose.touch()
+        with pytest.raises(StoreError, match="could not make its bytes durable"):
+            region.flush()
+        for _ in range(2000):  # who was asked twice, by message to the dead one and anew, is at it once more
+            if states(region) == {BlockState.DIRTY: 6}:
+                break
+            threading.Event().wait(0.005)
+        assert states(region) == {BlockState.DIRTY: 6}
+        lose.unlink()
+        with contextlib.suppress(StoreError):
+            region.flush()
+        region.flush()
+        assert states(region) == {BlockState.CLEAN: 6}
+
+
 @pytest.mark.parametrize("how", ["crash", "stall"])
 def test_a_write_that_ends_the_worker_or_never_returns(path: Path, tmp_path: Path, how: str) -> None:
     sign = tmp_path / "sign"
@@ -333,6 +359,25 @@ def test_pinned_blocks_stay_dirty(path: Path) -> None:
         region.flush()
         assert states(region) == {BlockState.CLEAN: 1}
         assert region.stats().pinned_bytes == 0
+
+
+def read_beside_pins(path: str) -> None:
+    """Read all of a file through a budget that is full of pinned changes."""
+    with open_file(Path(path), budget=8 * BLOCK) as region:
+        region.pin(0, 8 * BLOCK, write=True)
+        for at in range(0, 8 * BLOCK, BLOCK):
+            put(region, at, b"pinned")
+        for _ in range(2):
+            with region.memory as memory:
+                assert bytes(memory[8 * BLOCK :]) == Path(path).read_bytes()[8 * BLOCK :]
+        assert region.stats().bytes_written == 0, "what stays dirty was written, though nobody asked"
+        region.unpin(0, 8 * BLOCK)
+    assert all(Path(path).read_bytes()[at : at + 6] == b"pinned" for at in range(0, 8 * BLOCK, BLOCK))
+
+
+def test_pinned_changes_are_not_written_for_room_that_they_cannot_make(path: Path) -> None:
+    """Writing them leaves them dirty: whoever waited for room would wait for ever, and the disk would never rest."""
+    run_child(read_beside_pins, str(path)).check()
 
 
 def test_advice(path: Path) -> None:

@@ -145,6 +145,18 @@ def test_a_reset_is_the_end_too(ends: tuple[socket.socket, socket.socket]) -> No
     assert wire.receive(right) is None
 
 
+def test_what_was_said_before_a_reset_is_heard(ends: tuple[socket.socket, socket.socket]) -> None:
+    """A worker that is killed before it has read its supervisor's greeting has told of its regions all the same."""
+    ours, theirs = ends
+    wire.send(ours, Message(wire.INTRODUCE))
+    for region in (1, 2):
+        wire.send(theirs, Message(wire.KEEP, region=region))
+    theirs.close()
+    heard = [wire.receive(ours), wire.receive(ours)]
+    assert [message and message.region for message in heard] == [1, 2]
+    assert wire.receive(ours) is None
+
+
 def test_sending_to_nobody_raises_and_kills_nobody(ends: tuple[socket.socket, socket.socket]) -> None:
     left, right = ends
     right.close()

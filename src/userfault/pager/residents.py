@@ -77,6 +77,10 @@ class Residents:
         """How many blocks are in memory. Any thread may ask."""
         return len(self.arrived) + len(self.kept)
 
+    def blocks(self) -> set[int]:
+        """Return all that are in memory. Without the lock."""
+        return self.kept.union(self.arrived.copy())
+
     def withdraw(self, block: int) -> None:
         """Forget a block that did not come in after all. Without the lock; the caller has claimed it."""
         try:

@@ -128,14 +128,15 @@ def deliver(sock: socket.socket, message: Message) -> None:
 def receive(sock: socket.socket, flags: int = 0) -> Message | None:
     """Receive one message; None at end-of-file. Descriptors arrive close-on-exec, all of them or none.
 
-    `socket.recv_fds` of the standard library would do, but ignores its flags (CPython 3.11).
+    `socket.recv_fds` of the standard library would do, but ignores its flags (CPython 3.11).  Of a peer that has ended
+    with something of ours unread the kernel tells first (ECONNRESET, once); what it had said comes after that.
 
     Raises:
         OSError: as recvmsg(2); BlockingIOError with MSG_DONTWAIT if nothing is there.
         ValueError: if the packet is no message, or was cut off.
     """
     try:
-        data, rights, state, _ = sock.recvmsg(MAX_MESSAGE, _ROOM_FOR_FDS, flags | socket.MSG_CMSG_CLOEXEC)
+        data, rights, state = _receive(sock, flags)
     except ConnectionResetError:
         return None
     fds = tuple(fd for _, _, text in rights for (fd,) in _FD.iter_unpack(text[: len(text) & -_FD.size]))
@@ -145,6 +146,13 @@ def receive(sock: socket.socket, flags: int = 0) -> Message | None:
     if state & socket.MSG_TRUNC:
         raise ValueError(f"a packet was cut off after {len(data)} bytes")
     return decode(data, fds) if data else None
+
+
+def _receive(sock: socket.socket, flags: int) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
+    try:
+        return sock.recvmsg(MAX_MESSAGE, _ROOM_FOR_FDS, flags | socket.MSG_CMSG_CLOEXEC)[:3]
+    except ConnectionResetError:  # said once
+        return sock.recvmsg(MAX_MESSAGE, _ROOM_FOR_FDS, flags | socket.MSG_CMSG_CLOEXEC)[:3]
 
 
 def close_all(fds: tuple[int, ...]) -> None:

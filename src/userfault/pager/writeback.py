@@ -6,6 +6,10 @@ Two writes of one block that were under way at once could reach the store in the
 at a time: a *flush* writes whatever is dirty at its beginning, and has the store make it durable; *cleaning* writes the
 blocks that became dirty first, so that eviction finds clean ones.  Within a job several threads write, each block once.
 
+While there are jobs the region has a claim of ours, JOB, for which its end waits: what is read from a memfd that is
+being emptied or closed would be zeros, or the bytes of another region, and a write that reaches the store after
+`close()` has returned would undo what somebody else has written there since.
+
 Errors
 ------
 A block that could not be written stays DIRTY and in memory; nothing is ever dropped because of an error.  What went
@@ -23,7 +27,7 @@ from threading import Condition
 
 from userfault.blocks import ledger as book
 from userfault.errors import StoreError
-from userfault.pager import failure, placement
+from userfault.pager import evict, failure, placement
 from userfault.pager.writer import Writer
 from userfault.shield import begin
 
@@ -37,6 +41,9 @@ if TYPE_CHECKING:
 
 HIGH, LOW = 2, 4
 """Cleaning begins when one in HIGH of the blocks that the budget holds is dirty, and goes on until one in LOW is."""
+
+JOB = -1
+"""Claimed, though it is no block, from the first job to the last."""
 
 
 class WriteBack:
@@ -60,7 +67,7 @@ class WriteBack:
         self._rounds = 0
         """Jobs that have ended."""
         self._failed = False
-        """Whether the last one did."""
+        """Whether the last one could write nothing, or not all."""
         self._changed = Condition()
         self._working = False
 
@@ -124,12 +131,17 @@ class WriteBack:
 
     def _stir(self) -> None:
         """Under the lock: see that somebody works."""
-        if self._working or self.region.closing:
+        if self._working:
+            return
+        self.region.claims[JOB] = evict.EVICTION  # which is among those that `Served.close` waits for
+        if self.region.closing:
+            del self.region.claims[JOB]
             return
         try:
             begin(self._work)
             self._working = True
         except RuntimeError:  # no thread to be had; who waits is told, the others will try again
+            del self.region.claims[JOB]
             error = failure.encode(StoreError("the pager has no thread to write with", store=self.region.source.name))
             while self._flushes:
                 if (done := self._flushes.popleft()[0]) is not None:
@@ -152,12 +164,13 @@ class WriteBack:
             if self.dirty and (self._wanted or self._asked or self._too_many()) and not self.region.closing:
                 return self._clean
             self._working = False
+            del self.region.claims[JOB]
             self._changed.notify_all()
             return None
 
     def _flush(self, done: Done | None, durable: bool) -> None:
         error = self._writer.write(list(self.dirty))
-        if error is None and durable:
+        if error is None and durable and not self.region.closing:
             error = self._writer.make_durable()
         self._end_round(error)
         if done is None:
@@ -168,26 +181,28 @@ class WriteBack:
         done(told)
 
     def _clean(self) -> None:
-        """Write some back: those that are to be dropped, then the oldest. After an error not at once again."""
+        """Write some back: those that are to be dropped, then the oldest. After an error it is not tried at once again.
+
+        Pinned blocks would stay dirty: they are left alone, and do not count.
+        """
         self._asked = False
-        aside = [block for block in list(self.region.residents.aside) if block in self.dirty]
-        count = max(len(self.dirty) - self.region.room.ceiling() // LOW, self._wanted, len(aside))
-        chosen = dict.fromkeys(aside)
-        for block in list(self.dirty):
-            if len(chosen) >= count:
-                break
-            chosen[block] = None
+        dirty = list(self.dirty)
+        free = dict.fromkeys(block for block in dirty if not self.region.pins[block])
+        first = [block for block in list(self.region.residents.aside) if block in free]
+        count = max(len(free) - self.region.room.ceiling() // LOW, self._wanted, len(first))
+        chosen = list(dict.fromkeys([*first, *free]))[:count]
         error = self._writer.write(chosen)
-        self._pause = 0 if error is None else len(self.dirty) * 2
-        self._end_round(error)
+        high = self.region.room.ceiling() // HIGH + len(dirty) - len(free)
+        self._pause = len(self.dirty) * 2 if error is not None else high
+        self._end_round(error, idle=not chosen)
         if error is None:
             self.region.room.again()
 
-    def _end_round(self, error: StoreError | None) -> None:
+    def _end_round(self, error: StoreError | None, *, idle: bool = False) -> None:
         if error is not None:
             self._kept = self._kept or failure.encode(error)
             self.region.tell_write_error(error)
         with self._changed:
-            self._failed = error is not None
+            self._failed = idle or error is not None
             self._rounds += 1
             self._changed.notify_all()

@@ -59,6 +59,8 @@ class Writer:
         """Blocks that are DIRTY or FLUSHING, those first that became so first."""
         self.unsafe: set[int] = set()
         """Blocks that the store has taken and not yet made durable."""
+        self._inherited = True
+        """Whether the store may have taken clean blocks from a worker that is dead, and not made them durable."""
         self._giving: dict[object, int] = {}
         """By thread: since when (ns) it is in the store's `write`."""
         self._deaths: int = region.ledger.words[book.W_WRITE_DEATHS]
@@ -190,7 +192,7 @@ class Writer:
 
     def _give_range(self, start: int, data: memoryview) -> StoreError | None:
         region, failed = self.region, 0
-        while (error := self._ask(start, data)) is not None:
+        while not region.closing and (error := self._ask(start, data)) is not None:
             failed += 1
             said = failure.describe(error, region.source.name, start, len(data), failed, NOT_TAKEN)
             if not region.source.retries.allow(failed, said):
@@ -222,8 +224,8 @@ class Writer:
         A pinned block stays dirty: a device that holds its pages may write to them, and no protection would show it.
         """
         region = self.region
-        while region.claims.setdefault(block, WRITING) is not WRITING:
-            time.sleep(CLAIM_S)
+        if not self._claim(block):
+            return
         if region.states[block] == FLUSHING:
             if written and not region.pins[block]:
                 self.unsafe.add(block)
@@ -236,6 +238,14 @@ class Writer:
                 region.residents.cleaned(block)
         region.release(block)
 
+    def _claim(self, block: int) -> bool:
+        """Wait for a block; False if the region ends, which shall not wait for whoever has the block."""
+        while self.region.claims.setdefault(block, WRITING) is not WRITING:
+            if self.region.closing:
+                return False
+            time.sleep(CLAIM_S)
+        return True
+
     def make_durable(self) -> StoreError | None:
         """Have the store make durable what it has taken; what it could not is dirty again."""
         region = self.region
@@ -243,15 +253,16 @@ class Writer:
         self.unsafe -= pending
         error = region.source.flush()
         if error is None:
+            self._inherited = False
             return None
-        for block in pending:
+        for block in pending.union(region.residents.blocks() if self._inherited else ()):
             self._make_dirty(block)
         return failure.describe(error, region.source.name, 0, 0, 1, NOT_DURABLE)
 
     def _make_dirty(self, block: int) -> None:
         region = self.region
-        while region.claims.setdefault(block, WRITING) is not WRITING:
-            time.sleep(CLAIM_S)
+        if not self._claim(block):
+            return
         if region.states[block] == CLEAN:
             region.states[block] = DIRTY
             self.dirty[block] = None

@@ -93,6 +93,9 @@ openat(file)                    AW       EINTR ENOMEM EMFILE ENFILE EPERM EACCES
 newfstatat(file)                AW       ENOMEM EACCES EIO
 preadv2(file)                   W        EAGAIN EINTR ENOMEM EIO
 preadv2(memfd)                  W        EAGAIN EINTR ENOMEM EIO
+pwrite64(file)                  W        EINTR ENOMEM ENOSPC EDQUOT EFBIG EPERM EIO
+fsync(file)                     AW       EINTR ENOSPC EDQUOT EROFS EIO
+write(file)                     A        EINTR ENOMEM ENOSPC EDQUOT EFBIG EPERM EIO
 cachestat                       W        ENOMEM EPERM ENOSYS EOPNOTSUPP
 fstatfs                         W        ENOMEM EIO
 close(file)                     AswWt    EINTR EIO
@@ -174,7 +177,7 @@ write(standard error)           SW       EAGAIN EINTR ENOSPC EIO EPIPE
 # what Python's open() asks of a file
 ioctl(TCGETS)                   AsSwWt   EPERM
 lseek(SEEK_CUR)                 AsSwWt   EPERM
-lseek(SEEK_SET)                 swt      EPERM
+lseek(SEEK_SET)                 Aswt     EPERM
 # what Python does with its own files: it is not the package's, but it may fail as well
 python's own                    LsSwWtT  EINTR ENOMEM EMFILE ENFILE EACCES EIO"""
 

@@ -29,6 +29,7 @@ NUMBERS: dict[str, tuple[int, int]] = {
     "fcntl": (72, 25),
     "fstat": (5, 80),
     "fstatfs": (138, 44),
+    "fsync": (74, 82),
     "ftruncate": (77, 46),
     "futex": (202, 98),
     "getcwd": (79, 17),
@@ -143,7 +144,9 @@ OPERATIONS: dict[str, tuple[int, dict[int, str]]] = {
 PATHS = {"openat": 1, "newfstatat": 1, "readlink": 0, "access": 0, "chdir": 0, "rename": 0, "mkdir": 0}
 """Which argument is a path; one more on aarch64 where x86_64 has no descriptor of a folder before it."""
 FILES = {
-    **dict.fromkeys(("read", "write", "pread64", "pwrite64", "preadv2", "close", "fstat", "newfstatat", "ioctl"), 0),
+    **dict.fromkeys(
+        ("read", "write", "pread64", "pwrite64", "preadv2", "close", "fstat", "fsync", "newfstatat", "ioctl"), 0
+    ),
     **dict.fromkeys(("lseek", "getdents64", "fcntl"), 0),
     "mmap": 4,
 }

@@ -98,6 +98,25 @@ def each_once(rehearsal: Rehearsal, rng: random.Random) -> Iterator[Step]:
             yield scene, fresh, Failure(role, entry.label, rng.choice(entry.errnos), nth)
 
 
+WRITING = ("write_back", "kill_writer")
+"""Scenes of write-back."""
+OF_WRITING = (
+    *("openat(file)", "newfstatat(file)", "pwrite64(file)", "fsync(file)", "preadv2(memfd)", "lseek(SEEK_DATA)"),
+    *("lseek(SEEK_HOLE)", "ioctl(UFFDIO_WRITEPROTECT)", "ioctl(UFFDIO_COPY)", "fallocate", "mmap(anonymous)", "clone3"),
+)
+"""Calls that a worker makes there, and that would otherwise fail in whichever scene is soonest over."""
+
+
+def each_of_writing(rehearsal: Rehearsal, rng: random.Random, *, soak: bool) -> Iterator[Step]:
+    """Yield scenes of write-back in which each of its calls fails: somewhere; or in each way, early and late."""
+    for name in OF_WRITING:
+        for scene in WRITING if soak else (rng.choice(WRITING),):
+            most = rehearsal.made["worker", name][scene, FRESH]
+            for number in CALLS[name].errnos if soak else (rng.choice(CALLS[name].errnos),):
+                for nth in sorted({1, rng.randint(1, most), most}) if soak else (rng.randint(1, most),):
+                    yield scene, FRESH, Failure("worker", name, number, nth)
+
+
 def elsewhere(rehearsal: Rehearsal, failures: Iterable[Failure]) -> Iterator[Step]:
     """Yield, for each call that was not reached, every scene that has made it; time does not repeat itself."""
     for failure in failures:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.crash.injection import kernel_scenes, pager_scenes, protocol_scenes, region_scenes
+from tests.crash.injection import kernel_scenes, pager_scenes, protocol_scenes, region_scenes, writing_scenes
 from tests.crash.injection.region_scenes import PATTERN, change, files, prepare
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ SCENES: dict[str, Callable[[Trial], None]] = {
         *(region_scenes.first, region_scenes.files, region_scenes.others, region_scenes.failing),
         *(pager_scenes.kill_worker, pager_scenes.kill_supervisor, pager_scenes.suspect, pager_scenes.fork),
         *(protocol_scenes.protocol, protocol_scenes.reserve, protocol_scenes.export),
+        *(writing_scenes.write_back, writing_scenes.kill_writer),
         *(kernel_scenes.probe, kernel_scenes.kernel),
         *(pager_scenes.crash, pager_scenes.flap, pager_scenes.stop_worker, pager_scenes.stop_supervisor),
     )

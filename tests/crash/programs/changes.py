@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from tests.crash.programs.common import BLOCK, begin, introduce, listen, say
+from tests.crash.programs.stores import LateWritingStore
 
 from userfault import FileStore, Region
 
@@ -134,6 +135,19 @@ def expected(content: bytes, seed: int) -> bytes:
         for at in range(0, len(content), BLOCK // 2):
             model[at : at + 100] = rng.randbytes(100)
     return bytes(model)
+
+
+def close_while_writing(path: str, log: str) -> None:
+    """Close a region of which a block is being written at that time."""
+    region = Region(LateWritingStore(path, log), "r+")
+    region.pin(0, BLOCK, write=True)  # and so it stays dirty
+    with region.memory as memory:
+        memory[:6] = b"pinned"
+    region.close()
+    with open(log, encoding="ascii") as file:
+        say("order", *file.read().split())
+    with open(path, "rb") as file:
+        say("found", file.read(6).decode())
 
 
 if __name__ == "__main__":

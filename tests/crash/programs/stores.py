@@ -7,13 +7,17 @@ import importlib
 import os
 import signal
 import struct
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from userfault.blocks import ledger
 from userfault.kernel import abi
 from userfault.kernel.memory import address_of
 from userfault.pager import wire
-from userfault.testing import PatternStore
+from userfault.pager.served import Served
+from userfault.testing import PatternStore, RefusingStore
+from userfault.testing.patterns import RecipeStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,6 +139,89 @@ class MinedStore(PatternStore):
         return True
 
 
+class MinedFileStore(RefusingStore):
+    """A writable file behind a class of the user's own, which lays a mine in the worker; see `MinedStore`."""
+
+    def __init__(self, path: str, mine: tuple[str, str, str, int]) -> None:
+        super().__init__(path)
+        self.mine = mine
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        lay(*self.mine)
+
+
+class WholeBlocksStore(RecipeStore):
+    """A folder with a file for each block, which is replaced whole: nobody ever sees a half of the new one."""
+
+    writable = True
+
+    def __init__(self, folder: str, blocks: int, block_size: int) -> None:
+        self.folder, self.size, self.block_size = folder, blocks * block_size, block_size
+
+    def path(self, block: int) -> str:
+        """Return the file of a block."""
+        return os.path.join(self.folder, str(block))
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        with open(self.path(offset // self.block_size), "rb") as file:
+            if file.readinto(buffer) != self.block_size:
+                raise OSError("a part of a block was asked for")
+
+    def write(self, offset: int, data: memoryview) -> None:
+        for at in range(0, len(data), self.block_size):
+            path = self.path((offset + at) // self.block_size)
+            with open(f"{path}.new", "wb") as file:
+                file.write(data[at : at + self.block_size])
+            os.rename(f"{path}.new", path)
+
+    def flush(self) -> None:
+        pass
+
+
+class LateWritingStore(RefusingStore):
+    """A file of which one block is being written when its region ends in the worker, as chance may have it.
+
+    Args:
+        path: The file.
+        log: Gets a line when that write has ended, and one when the region has.
+    """
+
+    def __init__(self, path: str, log: str) -> None:
+        super().__init__(path)
+        self.log = log
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.entered, self.closed = threading.Event(), threading.Event()
+        self.ending = False
+        close = Served.close
+
+        def write_and_close(region: Served, *args: Any) -> None:
+            if region.writeback is not None:
+                self.ending = True
+                region.writeback.flush(None)  # as a tick does, for what stays dirty since it is pinned
+                self.entered.wait()
+            close(region, *args)
+            self.note("closed")
+            self.closed.set()
+
+        Served.close = write_and_close  # type: ignore[assignment,method-assign]  # that is the purpose
+
+    def note(self, word: str) -> None:
+        """Write a word to the log."""
+        with open(self.log, "a", encoding="ascii") as file:
+            file.write(f"{word}\n")
+
+    def write(self, offset: int, data: memoryview) -> None:
+        if self.ending:
+            self.entered.set()
+            self.closed.wait(0.3)  # long enough for who does not wait
+        super().write(offset, data)
+        if self.ending:
+            self.note("written")
+
+
 ALSO = {"userfault.kernel.userfaultfd.ioctl": ("userfault.pager.faults.ioctl",)}
 """Other names of a function, in modules that have imported it by name."""
 
@@ -144,7 +231,8 @@ def lay(function: str, moment: str, path: str, times: int) -> None:
 
     Args:
         function: Its dotted name.
-        moment: `"before"`, `"after"` or `"half"`, and which calls count: an ioctl or a kind of message.
+        moment: `"before"`, `"after"` or `"half"`, and which calls count: an ioctl, a kind of message, or `"r+"` for
+            those about the memory of a region that writes back.
         path: What counts the calls, in all workers together.
         times: How often.
     """
@@ -172,13 +260,17 @@ def _counts(which: str, args: tuple[Any, ...]) -> bool:
     """Tell whether this is a call of `ioctl(fd, request, argument)` or `send(socket, message)` that counts."""
     if not which:
         return True
+    if which == "r+":
+        return ledger.read_words(args[0])[ledger.W_MODE] == ledger.READ_WRITE
     if which.startswith("UFFDIO"):
         return bool(args[1] == getattr(abi, which))
     return bool(args[1].kind == getattr(wire, which))
 
 
 def _half(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Cut a UFFDIO_COPY, or a hole, to half of its pages."""
+    """Cut a UFFDIO_COPY, or what is done to a range of memory, to half of its pages; and a write to half its bytes."""
+    if isinstance(args[-1], memoryview):
+        return *args[:-1], args[-1][: len(args[-1]) // 2]
     if isinstance(args[-1], int):
         fd, offset, length = args
         return fd, offset, _half_length(length)

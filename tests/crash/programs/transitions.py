@@ -171,41 +171,42 @@ class Scenario:
         """The states say what the kernel says, and the counters too; the budget holds."""
         while any(state in (BlockState.FILLING, BlockState.EVICTING) for state in self.states()):
             time.sleep(0.001)  # a thread of the application goes on a moment before the worker has written it down
-        stats, states, present = self.region.stats(), self.states(), self.present()
+        stats, states, there = self.region.stats(), self.states(), present(self.region)
         for block, state in enumerate(states):
             pages = -(-(self.span(block)[1] - self.span(block)[0]) // PAGE)
             if state in (BlockState.CLEAN, BlockState.PRIVATE):
-                assert present[block] == pages, f"block {block}: state {state}, {present[block]} pages"
+                assert there[block] == pages, f"block {block}: state {state}, {there[block]} pages"
             else:
-                assert not present[block], f"block {block}: state {state}, but {present[block]} pages are there"
+                assert not there[block], f"block {block}: state {state}, but {there[block]} pages are there"
         resident = sum(state in (BlockState.CLEAN, BlockState.PRIVATE) for state in states)
         assert abs(stats.resident_bytes - resident * BLOCK) < BLOCK, (stats.resident_bytes, resident)
         assert resident <= BUDGET + READERS, resident
         assert stats.pinned_bytes == 0
         assert [block for block, state in enumerate(states) if state == BlockState.PRIVATE] == list(WRITTEN)
 
-    def present(self) -> list[int]:
-        """How many pages of each block the kernel has."""
-        pages = [0] * BLOCKS
-        folder = f"/proc/{self.region.pager.pid}/fd"
-        fds = [
-            os.open(f"{folder}/{name}", os.O_RDONLY)
-            for name in os.listdir(folder)
-            if "userfault-region" in os.readlink(f"{folder}/{name}")
-        ]
-        fd = next(fd for fd in fds if ledger.read_words(fd)[ledger.W_ADDRESS] == self.region.address)
-        for start, end in memfd.data_extents(fd, 0, -(-SIZE // PAGE) * PAGE):
-            for at in range(start, end, PAGE):
-                pages[at // BLOCK] += 1
-        for fd in fds:
-            os.close(fd)
-        return pages
-
     def deaths(self) -> int:
         try:
             return os.stat(f"{self.path}.deaths").st_size
         except FileNotFoundError:
             return 0
+
+
+def present(region: userfault.Region) -> list[int]:
+    """How many pages of each block the kernel has."""
+    pages = [0] * len(region.residency())
+    folder = f"/proc/{region.pager.pid}/fd"
+    fds = [
+        os.open(f"{folder}/{name}", os.O_RDONLY)
+        for name in os.listdir(folder)
+        if "userfault-region" in os.readlink(f"{folder}/{name}")
+    ]
+    fd = next(fd for fd in fds if ledger.read_words(fd)[ledger.W_ADDRESS] == region.address)
+    for start, end in memfd.data_extents(fd, 0, -(-region.size // PAGE) * PAGE):
+        for at in range(start, end, PAGE):
+            pages[at // BLOCK] += 1
+    for fd in fds:
+        os.close(fd)
+    return pages
 
 
 def run(kind: str, mine: tuple[str, str, int], folder: str) -> None:
