@@ -31,11 +31,15 @@ EVICTION = object()
 """The claim of an eviction."""
 
 
-def drop_victims(region: Served, wanted: int, *, wait: bool = True, floor: int = FLOOR) -> int | None:
-    """Drop up to `wanted` blocks that the policy chooses, but none of the `floor` that came in last.
+def drop_victims(
+    region: Served, target: int, *, most: int = SCAN, wait: bool = True, floor: int = FLOOR
+) -> bool | None:
+    """Drop blocks that the policy chooses until no more than `target` are in memory.
+
+    At most `most` are dropped, and none of the `floor` that came in last.
 
     Returns:
-        The bytes dropped; None if another thread is at it, and this one is not to `wait`.
+        Whether there are fewer now, be it another thread's doing; None if one is at it, and this one is not to `wait`.
     """
     residents = region.residents
     if not residents.lock.acquire(wait):
@@ -43,11 +47,12 @@ def drop_victims(region: Served, wanted: int, *, wait: bool = True, floor: int =
     try:
         residents.begin()
         residents.settle(floor)
-        victims = _claim_victims(region, wanted)
+        excess = len(residents) - target
+        victims = _claim_victims(region, min(excess, most)) if excess > 0 else []
     finally:
         residents.end()
         residents.lock.release()
-    return _drop(region, victims)
+    return _drop(region, victims) > 0 or excess <= 0
 
 
 def drop_range(region: Served, first: int, stop: int) -> int:

@@ -54,7 +54,7 @@ class Room:
         self.on_high: Callable[[Room], None] = _nobody
         """Called when there are more than `high`. Must not wait."""
         self._own = UNLIMITED
-        self._entry = Lock()
+        self._entry, self._sizing = Lock(), Lock()
         self._creditor: Room | None = None
         """A richer one that could not give what it has, since it is dirty."""
         self.update()
@@ -91,6 +91,10 @@ class Room:
         self._set_limit()
 
     def _set_limit(self) -> None:
+        with self._sizing:  # or an older limit might be written over a newer one
+            self._size()
+
+    def _size(self) -> None:
         limit = self._own
         if self._is_shared():
             limit = min(limit, self.granted >> self.region.shift)
@@ -164,7 +168,7 @@ class Room:
         self.shares.give(self, -size)
         self._set_limit()
         while (excess := len(self.region.residents) - self.limit) > 0:
-            if not evict.drop_victims(self.region, excess, wait=wait):
+            if not evict.drop_victims(self.region, self.limit, most=excess, wait=wait):
                 self.shares.give(self, size)
                 self._set_limit()
                 return False
@@ -193,13 +197,14 @@ class Room:
             return True
         batch = self._batch()
         excess = min(max(0, len(self.region.residents) - self.limit), 4 * batch)
-        dropped = evict.drop_victims(self.region, batch + excess, wait=wait, floor=FLOOR - coming)
+        target, most = self.limit - batch, batch + excess
+        dropped = evict.drop_victims(self.region, target, most=most, wait=wait, floor=FLOOR - coming)
         if dropped is None:
             return None
         self.remark()
         if not dropped:
             self.region.tell_full()
-        return dropped > 0
+        return dropped
 
     def _batch(self) -> int:
         return max(1, min(evict.BATCH_PAGES // self.region.pages_per_block, self.limit // 4))

@@ -232,7 +232,7 @@ class Served:
                 impatience += 1
                 time.sleep(0.001 + 0.0001 * impatience)  # back-off: only the kernel can say when
                 if error == errno.ENOMEM:
-                    evict.drop_victims(self, BATCH, wait=False)
+                    evict.drop_victims(self, len(self.residents) - BATCH, wait=False)
             elif error == errno.EFAULT:
                 raise StoreError("the file's content went away while it was being copied")
             elif error not in (0, errno.ENOENT, errno.ESRCH):  # those two: nobody is there any more
