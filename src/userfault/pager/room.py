@@ -148,7 +148,7 @@ class Room:
         residents = self.region.residents
         if len(residents) > self.high:
             while len(residents) > self.low and not self.region.closing:
-                if not self._make(wait=True):
+                if not self._make(wait=True, target=self.low):
                     for writeback in self._blockers():
                         writeback.clean()
                     break
@@ -187,8 +187,8 @@ class Room:
         """Give back a piece of the pager's budget; False if that cannot be done now."""
         return bool(self.granted) and self.shrink(min(self._piece(), self.granted), wait=True)
 
-    def _make(self, *, wait: bool, coming: int = 0) -> bool | None:
-        """Get more memory, or drop a batch of blocks, for as many as are `coming`.
+    def _make(self, *, wait: bool, coming: int = 0, target: int | None = None) -> bool | None:
+        """Get more memory, or drop a batch of blocks, for as many as are `coming`; then perhaps `target` are left.
 
         Returns:
             False if nobody can, None if another thread is just at it.
@@ -197,8 +197,8 @@ class Room:
             return True
         batch = self._batch()
         excess = min(max(0, len(self.region.residents) - self.limit), 4 * batch)
-        target, most = self.limit - batch, batch + excess
-        dropped = evict.drop_victims(self.region, target, most=most, wait=wait, floor=FLOOR - coming)
+        target = self.limit - batch if target is None else target
+        dropped = evict.drop_victims(self.region, target, most=batch + excess, wait=wait, floor=FLOOR - coming)
         if dropped is None:
             return None
         self.remark()
