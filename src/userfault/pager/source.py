@@ -8,7 +8,6 @@ which a former worker has left such a note is read in a process of its own (`tri
 from __future__ import annotations
 
 import contextlib
-import time
 
 from userfault.blocks import ledger as book
 from userfault.pager import failure, recipe, trial
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from userfault.blocks.ledger import Ledger
-    from userfault.pager.counters import Counters
     from userfault.pager.staging import Staging
 
 
@@ -108,12 +106,10 @@ class Source:
         finally:
             self._ledger.notes[block] &= ~book.READING
 
-    def write(self, offset: int, data: memoryview, counters: Counters) -> BaseException | None:
+    def write(self, offset: int, data: memoryview) -> BaseException | None:
         """Have it take some bytes; return what went wrong: a store may raise anything at all."""
-        since = time.perf_counter_ns()
         try:
             self.store.write(offset, data)
-            counters.written(len(data), time.perf_counter_ns() - since)
         except BaseException as error:  # noqa: BLE001  # see above
             return error
         return None

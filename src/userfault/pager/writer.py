@@ -30,7 +30,7 @@ from userfault.shield import begin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from userfault.pager.served import Served
 
@@ -46,8 +46,50 @@ PATIENCE = 200
 GONE = (0, errno.ENOENT, errno.ESRCH)
 """Done; or nobody is there any more who could write."""
 NOT_TAKEN, NOT_DURABLE = "the store could not be written to", "the store could not make its bytes durable"
+LONG_NS, NS_A_BYTE = 300_000, 1
+"""A write that takes longer waits for a device or a network, and others could be under way meanwhile.  More threads for
+writes into the page cache cost more, in the interpreter's lock, than they bring: 208 instead of 135 µs a block."""
 MOST_DEATHS = 3
 """Workers that may end in a store's `write` before the flush fails; the next one tries again."""
+
+
+class _Job:
+    """Runs of blocks, and the threads that write them."""
+
+    def __init__(self, runs: Iterable[tuple[int, int]]) -> None:
+        self.runs = deque(runs)
+        self.errors: list[StoreError] = []
+        self.helping = 0
+        self._changed = Condition()
+
+    def next(self) -> tuple[int, int] | None:
+        """Take a run, if there is one and nothing has gone wrong."""
+        try:
+            return None if self.errors else self.runs.popleft()
+        except IndexError:
+            return None
+
+    def call_help(self, work: Callable[[], None]) -> None:
+        """Have another thread work on it too, if one is to be had."""
+
+        def help_out() -> None:
+            work()
+            with self._changed:
+                self.helping -= 1
+                self._changed.notify()
+
+        with self._changed:
+            self.helping += 1
+        try:
+            begin(help_out)
+        except RuntimeError:
+            self.helping -= 1
+
+    def await_helpers(self) -> None:
+        """Wait until all that helped are done."""
+        with self._changed:
+            while self.helping:
+                self._changed.wait()
 
 
 class Writer:
@@ -63,6 +105,8 @@ class Writer:
         """Whether the store may have taken clean blocks from a worker that is dead, and not made them durable."""
         self._giving: dict[object, int] = {}
         """By thread: since when (ns) it is in the store's `write`."""
+        self._is_slow = False
+        """Whether the store was waiting for something else than memory in its last write."""
         self._deaths: int = region.ledger.words[book.W_WRITE_DEATHS]
 
     def is_late(self, now: int) -> bool:
@@ -72,32 +116,24 @@ class Writer:
 
     def write(self, blocks: Iterable[int]) -> StoreError | None:
         """Write blocks back as far as they are dirty; return the first error."""
-        runs = deque(self._runs(sorted(blocks)))
-        errors: list[StoreError] = []
-        helpers = min(max(1, self.region.source.store.concurrency), len(runs)) - 1
-        latch = Condition()
-        helping = 0
+        job = _Job(self._runs(sorted(blocks)))
+        self._work(job, leads=True)
+        job.await_helpers()
+        return job.errors[0] if job.errors else None
 
-        def help_out() -> None:
-            nonlocal helping
-            self._write_runs(runs, errors)
-            with latch:
-                helping -= 1
-                latch.notify()
-
-        for _ in range(helpers):
-            with latch:
-                helping += 1
-            try:
-                begin(help_out)
-            except RuntimeError:
-                helping -= 1
-                break
-        self._write_runs(runs, errors)
-        with latch:
-            while helping:
-                latch.wait()
-        return errors[0] if errors else None
+    def _work(self, job: _Job, *, leads: bool = False) -> None:
+        """Write runs until there are none. Who leads calls for help, one more after each write that took long."""
+        try:
+            staging = Staging(max(RUN_BYTES, self.region.block_size))
+        except (OSError, MemoryError):
+            job.errors.append(StoreError("the pager has no memory for a buffer", store=self.region.source.name))
+            return
+        most = min(self.region.source.store.concurrency, len(job.runs)) - 1
+        while (run := job.next()) is not None:
+            if error := self._write_run(*run, staging):
+                job.errors.append(error)
+            if leads and self._is_slow and job.helping < most:
+                job.call_help(lambda: self._work(job))
 
     def _runs(self, blocks: list[int]) -> Iterator[tuple[int, int]]:
         most = max(1, RUN_BYTES >> self.region.shift)
@@ -110,20 +146,6 @@ class Writer:
             stop = block + 1
         if stop > first:
             yield first, stop
-
-    def _write_runs(self, runs: deque[tuple[int, int]], errors: list[StoreError]) -> None:
-        try:
-            staging = Staging(max(RUN_BYTES, self.region.block_size))
-        except (OSError, MemoryError):
-            errors.append(StoreError("the pager has no memory for a buffer", store=self.region.source.name))
-            return
-        while runs and not errors:
-            try:
-                first, stop = runs.popleft()
-            except IndexError:  # another thread was quicker
-                return
-            if error := self._write_run(first, stop, staging):
-                errors.append(error)
 
     def _write_run(self, first: int, stop: int, staging: Staging) -> StoreError | None:
         region = self.region
@@ -203,17 +225,27 @@ class Writer:
         return None
 
     def _ask(self, start: int, data: memoryview) -> BaseException | None:
+        """Make one attempt, and note whether it took longer than memory does."""
+        since = time.perf_counter_ns()
+        error = self._ask_carefully(start, data)
+        took = time.perf_counter_ns() - since
+        self._is_slow = took > LONG_NS + len(data) * NS_A_BYTE
+        if error is None:
+            self.region.counters.written(len(data), took)
+        return error
+
+    def _ask_carefully(self, start: int, data: memoryview) -> BaseException | None:
         """Make one attempt, known to whoever watches the clock, and to the successor of a worker that dies of it."""
         source, words, me = self.region.source, self.region.ledger.words, object()
         if not source.foreign:
-            return source.write(start, data, self.region.counters)
+            return source.write(start, data)
         if self._deaths >= MOST_DEATHS:
             cause = f"{self._deaths} workers have ended in it, or waited for it longer than the timeout"
             self._deaths = words[book.W_WRITE_DEATHS] = 0
             return StoreError("its write does not return", cause=cause, permanent=True)
         words[book.W_WRITE_DEATHS] = self._deaths + 1
         self._giving[me] = time.perf_counter_ns()
-        error = source.write(start, data, self.region.counters)
+        error = source.write(start, data)
         del self._giving[me]
         self._deaths = words[book.W_WRITE_DEATHS] = 0
         return error
