@@ -41,6 +41,7 @@ from userfault.pager.counters import Counters
 from userfault.pager.residents import FLOOR, Residents
 from userfault.pager.room import Room
 from userfault.pager.source import Source
+from userfault.pager.stream import Stream
 from userfault.pager.writeback import WriteBack
 from userfault.shield import begin
 
@@ -115,6 +116,7 @@ class Served:
         """Called with a kind of news and an error."""
         self.source = Source(fd, self.ledger, again=again)
         self.room = Room(self)
+        self.stream = Stream(self)
         self.writeback = WriteBack(self) if words[book.W_MODE] == book.READ_WRITE else None
 
     # -- numbers ---------------------------------------------------------------------------------------------
