@@ -17,6 +17,7 @@ from userfault.stores import FileStore, Store
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from io import BufferedWriter
 
     from userfault.blocks.geometry import Geometry
     from userfault.pager.link import Link
@@ -78,7 +79,7 @@ class Residence:
         """
         pin, start, end = self._new_pin(offset, length, write)
         try:
-            self._bring(pin, write)
+            self._bring(pin, write=write)
             with self._view() as whole, whole[start:end] as view:
                 yield view
         finally:
@@ -92,7 +93,7 @@ class Residence:
         """
         pin, start, end = self._new_pin(offset, length, write)
         try:
-            self._bring(pin, write)
+            self._bring(pin, write=write)
             self._kept.setdefault((start, end), []).append(pin)
         except BaseException:
             self._let_go(pin)
@@ -154,8 +155,8 @@ class Residence:
         limits = [max(1, budget // self._geometry.block_size) for budget in budgets if budget is not None]
         return min(limits, default=UNLIMITED_BLOCKS)
 
-    def _bring(self, pin: Pin, write: bool) -> None:
-        self._pins.add(pin, self._most())
+    def _bring(self, pin: Pin, *, write: bool, most: int | None = None) -> None:
+        self._pins.add(pin, self._most() if most is None else most)
         flags = wire.WRITE if write else 0
         self._ask(Message(wire.ENSURE, 0, self._map.identity, pin.first, pin.stop, flags=flags))
 
@@ -246,20 +247,33 @@ class Residence:
         self._check()
         if isinstance(self._store, FileStore) and self._store.lies_in(path):
             raise ValueError(f"{os.fsdecode(path)!r} is the region's own file; flush() writes changes back to it")
-        first_error: StoreError | None = None
-        with open(path, "wb") as file:
-            file.truncate(self._geometry.size)
-            for start in range(0, self._geometry.size, self._geometry.block_size):
-                try:
-                    with self.pinned(start, min(self._geometry.block_size, self._geometry.size - start)) as block:
-                        file.seek(start)
-                        file.write(block)
-                except StoreError as error:
-                    first_error = first_error or error
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(path, "wb") as file:
+                first_error = self._save(file)
+        except OSError as error:
+            error.filename = error.filename or os.fsdecode(path)
+            raise
         if first_error is not None:
             raise first_error
+
+    def _save(self, file: BufferedWriter) -> StoreError | None:
+        file.truncate(self._geometry.size)
+        first_error: StoreError | None = None
+        for block in range(self._geometry.blocks):
+            pin = Pin(block, block + 1)
+            try:
+                self._bring(pin, write=False, most=UNLIMITED_BLOCKS)  # also where pins fill the budget
+                offset, length = self._geometry.span(block)
+                file.seek(offset)
+                with self._view() as whole, whole[offset : offset + length] as view:
+                    file.write(view)
+            except StoreError as error:
+                first_error = first_error or error
+            finally:
+                self._let_go(pin)
+        file.flush()
+        os.fsync(file.fileno())
+        return first_error
 
     def _blocks(self, offset: int, length: int | None, write: bool) -> tuple[int, int, int, int]:
         self._check()

@@ -205,6 +205,31 @@ def test_what_cannot_be_written_can_be_saved_elsewhere(path: Path, refuse: Path,
     assert path.read_bytes() == model
 
 
+def test_a_region_whose_budget_is_full_of_pins_can_be_saved(path: Path, tmp_path: Path) -> None:
+    with open_file(path, budget=4 * BLOCK) as region, region.pinned(0, 4 * BLOCK):
+        region.save(tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere").read_bytes() == path.read_bytes()
+
+
+def test_a_file_that_cannot_be_saved_to_is_named(path: Path, tmp_path: Path) -> None:
+    child = run_child(
+        """
+import resource, userfault
+path, elsewhere = args
+with userfault.Region(userfault.FileStore(path), budget=1 << 20) as region:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        region.save(elsewhere)
+    except OSError as error:
+        print(error.filename, error.strerror)
+""",
+        str(path),
+        str(tmp_path / "elsewhere"),
+        timeout=30,
+    )
+    assert child.check().stdout == f"{tmp_path / 'elsewhere'} File too large\n"
+
+
 def test_a_region_is_not_saved_over_its_own_file(path: Path) -> None:
     before = path.read_bytes()
     os.link(path, path.with_name("other name"))

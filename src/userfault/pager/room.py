@@ -32,6 +32,8 @@ def _nobody(room: Room) -> None:
     pass
 
 
+BATCH = 1 << 18
+"""Bytes taken at once from one that has more, if it has so much more: 64 pages, dropped together."""
 LEAST_BLOCKS = 64
 """Of a limit that has watermarks."""
 PART, MOST_RESERVE = 32, 32 << 20
@@ -221,10 +223,13 @@ class Room:
     def _take_from_the_rich(self, *, wait: bool) -> bool:
         if self.limit >= self._own or not self._is_shared():
             return False
-        size, rich = self._piece(), self.shares.richest()
-        poor = self.granted < size
-        if rich is None or rich is self or (not poor and rich.granted < self.granted + 2 * size):
+        piece, rich = self._piece(), self.shares.richest()
+        if rich is None or rich is self:
             return False
+        poor, more = self.granted < piece, rich.granted - self.granted
+        if not poor and more < 2 * piece:
+            return False
+        size = max(piece, min(BATCH, more // 4) >> self.region.shift << self.region.shift)
         if not rich.shrink(min(size, rich.granted), wait=wait):
             self._creditor = rich
             if not poor:

@@ -83,6 +83,9 @@ class Store(ABC):
     def write(self, offset: int, data: memoryview) -> None:
         """Take these bytes. Any thread, several at once, never two for one byte.
 
+        What was taken is what is read from then on, in another process too: this one may be killed at any moment. Only
+        against the end of the machine does it wait for ``flush``.
+
         Raises:
             io.UnsupportedOperation: The store is not writable.
         """
