@@ -1,6 +1,6 @@
 # Everything a developer runs. Each target sets up what it needs: python3.11 or later and make are enough.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint format docs soak clean compiler
+.PHONY: help venv demo test bench bench-memory lint format docs soak clean compiler
 
 # The first Python that is new enough; `make PYTHON=/path/to/python test` chooses another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
@@ -22,14 +22,23 @@ demo: $(STAMP) ## Show what the library does, on a 2 GiB array.
 test: $(STAMP) compiler ## Run the test suite in Python's development mode; ARGS="-k name" goes to pytest.
 	PYTHONDEVMODE=1 $(BIN)/python -X dev -m pytest $(ARGS)
 
-# Twenty minutes of everything at once; the pager killed whole, a thousand times; deaths between state and kernel call.
-SOAK := tests/crash/test_soak.py tests/crash/test_double_kills.py tests/crash/test_transitions.py
-soak: $(STAMP) compiler ## Kill for half an hour, and print figures; ARGS=tests runs the long form of every test (hours).
+# Twenty minutes of everything at once; the pager killed whole, a thousand times; deaths between state and kernel call;
+# and changes: two hours of ten times what a budget holds, a model of 100 000 steps, deaths in mid-write.
+SOAK := tests/crash/test_soak.py tests/crash/test_double_kills.py tests/crash/test_transitions.py \
+	tests/crash/test_flush_transitions.py tests/crash/test_overcommit.py tests/crash/test_writing_ends.py \
+	tests/property/test_writeback_model.py
+soak: $(STAMP) compiler ## Kill for some hours, and print figures; ARGS=tests runs the long form of every test (hours).
 	$(BIN)/python -m pytest --soak -o faulthandler_timeout=7200 $(or $(ARGS),$(SOAK))
 
 bench: $(STAMP) compiler ## Measure fault latency against a C pager and numpy.memmap; results in benchmarks/results.
 	$(BIN)/python benchmarks/fault_latency.py --output benchmarks/results $(ARGS)
 	$(BIN)/python benchmarks/exported.py --output benchmarks/results $(ARGS)
+
+bench-memory: $(STAMP) ## Measure arrays larger than memory against numpy.memmap (an hour), policies, and 1000 regions.
+	$(BIN)/python benchmarks/policy.py --json benchmarks/results/policy.json --plot benchmarks/results/policy.svg
+	$(BIN)/python benchmarks/many_regions.py --output benchmarks/results
+	$(BIN)/python benchmarks/out_of_core.py --json benchmarks/results/out_of_core.json \
+		--plot benchmarks/results/out_of_core.svg $(ARGS)
 
 lint: $(STAMP) ## Check style (ruff) and types (mypy, strict).
 	$(BIN)/ruff check

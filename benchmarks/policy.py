@@ -204,6 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = simulate(options.blocks, options.touches)
     print(table(rows))
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         plot(options.plot, rows)

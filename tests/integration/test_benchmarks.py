@@ -67,6 +67,39 @@ def test_exported_measures_every_row_and_writes_its_files(tmp_path: Path) -> Non
 
 
 @pytest.mark.benchmark
+def test_policy_simulates_every_trace(tmp_path: Path) -> None:
+    drawn, figures = tmp_path / "policy.svg", tmp_path / "policy.json"
+
+    result = _run("policy", "--blocks", "400", "--touches", "8000", "--plot", str(drawn), "--json", str(figures))
+
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(figures.read_text())
+    assert {row["trace"] for row in rows} == {"zipf", "uniform", "zipf + scan", "loop", "phases"}
+    for row in rows:
+        missed = [value for name, value in row.items() if name not in {"trace", "overcommit"}]
+        assert row["optimal"] == min(missed)
+        assert max(missed) <= 1
+        assert row["trace"] != "zipf" or row["s3fifo"] < row["fifo"]
+    assert ET.parse(drawn).getroot().tag.endswith("svg")
+
+
+@pytest.mark.benchmark
+def test_many_regions_measures_every_row_and_keeps_the_budget(tmp_path: Path) -> None:
+    result = _run(
+        "many_regions", "--regions", "1", "50", "--touches", "4000", "--repetitions", "1", "--output", str(tmp_path)
+    )
+
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "many_regions.json").read_text())
+    assert [row["regions"] for row in rows] == [1, 50]
+    for row in rows:
+        assert 0 < row["resident"] <= 1.01
+        assert (len(row["micros"]), row["restarts"]) == (1, 0)
+        assert row["faults"][0] > 2000
+    assert ET.parse(tmp_path / "many_regions.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.benchmark
 @pytest.mark.skipif(os.geteuid() != 0, reason="memory cgroups are made by root; run the tests as root")
 def test_out_of_core_measures_every_row_and_leaves_nothing(tmp_path: Path) -> None:
     drawn, figures, made = tmp_path / "drawn.svg", tmp_path / "figures.json", tmp_path / "made"
