@@ -122,8 +122,9 @@ class Room:
         if len(self.region.residents) < self.limit:
             self._set_mark(self.limit)
             return True
+        blockers = self._blockers()  # now: changes may be written back just after nothing was found to drop
         made = self._make(wait=False, coming=1)
-        return made or (made is not None and not self._blockers())
+        return made or (made is not None and not blockers)
 
     def has(self) -> bool:
         """The same, for a block that has taken its time already."""
@@ -139,9 +140,8 @@ class Room:
                 if len(self.region.residents) < self.limit:
                     arrived.append(block)
                     return
-            if self._make(wait=True, coming=1):
-                continue
-            if not any(writeback.make_room() for writeback in self._blockers()):
+            blockers = self._blockers()  # see `admits`
+            if not self._make(wait=True, coming=1) and not any(writeback.make_room() for writeback in blockers):
                 break
         arrived.append(block)
 

@@ -101,6 +101,8 @@ class WriteBack:
     def make_room(self) -> bool:
         """Wait until something has been written back; False if it could not be. For readers, never the fault loop."""
         with self._changed:
+            if not self.dirty:
+                return True
             before = self._rounds
             self._wanted += 1
             self._stir()
