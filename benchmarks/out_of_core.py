@@ -45,12 +45,19 @@ KIB, MIB = 1 << 10, 1 << 20
 CACHES = ("cold", "hot")
 VARIANTS = {
     "ours, 64 KiB": (64 * KIB, ""),
+    "ours, 1 MiB": (1024 * KIB, ""),
     "memmap": (0, ""),
     "ours, 4 KiB": (4 * KIB, ""),
     "memmap, MADV_RANDOM": (0, "random"),
 }
-IN_ORDER = ("ours, 64 KiB", "memmap")
-WORKLOADS = {"scan": IN_ORDER, "uniform": VARIANTS, "zipf": VARIANTS, "change": VARIANTS, "sort": IN_ORDER}
+SCATTERED = ("ours, 64 KiB", "memmap", "ours, 4 KiB", "memmap, MADV_RANDOM")
+WORKLOADS = {
+    "scan": ("ours, 64 KiB", "ours, 1 MiB", "memmap"),
+    "uniform": SCATTERED,
+    "zipf": SCATTERED,
+    "change": SCATTERED,
+    "sort": ("ours, 64 KiB", "memmap"),
+}
 _HERE = Path(__file__).resolve().parent
 _TIMEOUT_S = 900
 _PROBE, _PROBE_READS = "uniform probe", 1024

@@ -33,7 +33,13 @@ _HEADINGS = (
     "cache",
     "worker",
 )
-_COLOURS = {"ours, 64 KiB": "#c44e52", "ours, 4 KiB": "#dd8452", _MEMMAP: "#55a868", _ADVISED: "#4c72b0"}
+_COLOURS = {
+    "ours, 64 KiB": "#c44e52",
+    "ours, 4 KiB": "#dd8452",
+    "ours, 1 MiB": "#8172b3",
+    _MEMMAP: "#55a868",
+    _ADVISED: "#4c72b0",
+}
 
 
 @dataclass
