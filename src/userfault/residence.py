@@ -83,7 +83,11 @@ class Residence:
             with self._view() as whole, whole[start:end] as view:
                 yield view
         finally:
-            self._let_go(pin)
+            try:
+                self._let_go(pin)
+            except BaseException:  # raised by a signal handler at the very first step of it
+                self._let_go(pin)
+                raise
 
     def pin(self, offset: int = 0, length: int | None = None, write: bool = False) -> None:
         """Like `pinned`, until `unpin` is called with the same range; as often as it was pinned.

@@ -31,8 +31,8 @@ class Evictor:
 
     def __init__(self, pid: int, ask: Callable[[Message], None]) -> None:
         """Begin with no region. `ask` sends a message to the application, whose process is `pid`."""
-        self._pid, self._ask = pid, ask
-        self._pagemap = -1
+        self._ask = ask
+        self._pagemap = open_pagemap(pid)
         self._shares = Shares()
         self._rooms: dict[Room, None] = {}
         self._changed = Condition()
@@ -40,8 +40,6 @@ class Evictor:
 
     def serve(self, region: Served) -> None:
         """Keep a region within its budget and the pager's; also anew, when those have changed."""
-        if self._pagemap < 0:
-            self._pagemap = open_pagemap(self._pid)
         region.uses = region.uses or Uses(region, self._ask, self._pagemap)
         region.room.join(self._shares, self.wants)
         self.wants(region.room)
