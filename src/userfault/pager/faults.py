@@ -126,7 +126,8 @@ class FaultLoop:
                     )
                     states, claims, waiters = region.states, region.claims, region.waiters
                     writing = abi.UFFD_PAGEFAULT_FLAG_WRITE if region.protects else 0
-                    room, stream, histogram = region.room, region.stream, region.counters.histogram
+                    room, residents, stream = region.room, region.residents, region.stream
+                    histogram = region.counters.histogram
                 block = (address - base) >> shift
                 if claims.setdefault(block, claim) is not claim and not self._claims_after_all(region, block):
                     self._ignore(region, block, tid, start)
@@ -146,7 +147,7 @@ class FaultLoop:
                 states[block] = filling
                 offset = block << shift
                 source = locate(offset, block_size) if block < whole else 0
-                if not source or flags & writing or (len(arrived) >= room.mark and not room.admits()):
+                if not source or flags & writing or (len(arrived) >= residents.mark and not room.admits()):
                     self._demand(region, block, source, start, write=bool(flags & writing))
                     continue
                 pack(argument, 0, base + offset, source, block_size, mode, 0)

@@ -50,6 +50,8 @@ class Residents:
         """Those of them that belong to the user for good."""
         self.aside: set[int] = set()
         """Those of them that go when they are written back."""
+        self.mark = 1 << 62
+        """How many blocks may stand in `arrived` before a fault has to look whether there is room: `Room` says."""
         self.lock = Lock()
         self.came = self.came_back = 0
         """Blocks that the policy was told of, and those of them that had been in memory before."""
@@ -94,7 +96,9 @@ class Residents:
         if self._told != self.capacity:
             self._told = self.capacity
             self._ask(lambda policy: policy.resize(self._told))
-        for _ in range(len(self.arrived) - floor):
+        moving = max(0, len(self.arrived) - floor)
+        self.mark -= moving  # first, or a fault could find the same room once more
+        for _ in range(moving):
             block = self.arrived.popleft()
             self.came += 1
             self.fresh.add(block)

@@ -51,8 +51,6 @@ class Room:
         self.limit = UNLIMITED
         """In blocks, as all that follow."""
         self.high = self.low = UNLIMITED
-        self.mark = UNLIMITED
-        """How many blocks may stand in `arrived` before a fault has to look here."""
         self.on_high: Callable[[Room], None] = _nobody
         """Called when there are more than `high`. Must not wait."""
         self._own = UNLIMITED
@@ -111,12 +109,17 @@ class Room:
         return self.shares.total != UNLIMITED
 
     def _set_mark(self, blocks: int) -> None:
-        self.mark = blocks - len(self.region.residents.kept)
+        residents = self.region.residents
+        if residents.lock.acquire(blocking=False):
+            residents.mark = blocks - len(residents.kept)
+            residents.lock.release()
+        else:  # blocks are just changing hands: it may become less, but not more
+            residents.mark = min(residents.mark, blocks - len(residents.kept))
 
     # -- for the fault loop, which never waits ---------------------------------------------------------------
 
     def admits(self) -> bool:
-        """Whether one more block may come in now, if need be for another. Called when `mark` is reached."""
+        """Whether one more block may come in now, if need be for another. Called when `Residents.mark` is reached."""
         if self.high < self.limit:
             self.on_high(self)
         if len(self.region.residents) < self.limit:

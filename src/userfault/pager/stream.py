@@ -57,7 +57,7 @@ class Stream:
 
     def _limit(self, block: int) -> int:
         region = self.region
-        room = min(region.room.mark - len(region.residents.arrived), region.room.limit // SHARE)
+        room = min(region.residents.mark - len(region.residents.arrived), region.room.limit // SHARE)
         piece = (((block << region.shift) // PIECE + 1) * PIECE) >> region.shift
         return min(block + min(self._window, self._most, room), piece, region.whole_blocks)
 
