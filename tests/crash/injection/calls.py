@@ -164,7 +164,7 @@ pread64(proc)                   A        EINTR ENOMEM EPERM EIO
 getdents64(proc)                Aswt     EINTR ENOMEM EIO
 readlink(proc)                  A        ENOMEM EACCES EIO
 newfstatat(proc)                AsSwWt   ENOMEM EACCES
-ioctl(PAGEMAP_SCAN)             A        EINTR ENOMEM EPERM ENOTTY
+ioctl(PAGEMAP_SCAN)             AW       EINTR ENOMEM EPERM ENOTTY
 ioctl(PROCMAP_QUERY)            A        EINTR ENOMEM EPERM ENOTTY
 close(proc)                     AsSwWtT
 openat(cgroup)                  A        EINTR ENOMEM EMFILE ENFILE EPERM EACCES

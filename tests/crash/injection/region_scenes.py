@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import partial
+from random import Random
 from typing import TYPE_CHECKING
 
 from tests.crash.injection.trial import collect, own
@@ -122,3 +124,20 @@ def failing(trial: Trial) -> None:
         with trial.step("retry"):
             region.retry(BAD, 1)
             trial.check("retry", bytes(region.memory[BAD : BAD + BLOCK]), EXPECTED[BAD : BAD + BLOCK])
+
+
+def crowded(trial: Trial) -> None:
+    """Touch more than the budget holds again and again, until it has been sampled what is used."""
+    store, order = PatternStore(160 * PAGE, concurrency=0), list(range(160))
+    random, expected, end = Random(1), store.expected(0, store.size), time.monotonic() + 0.5
+    opened: list[userfault.Region] = []
+    with trial.step("open crowded"):
+        opened.append(userfault.Region(store, "r", PAGE, budget=80 * PAGE))
+    for region in opened:
+        while time.monotonic() < end:
+            random.shuffle(order)
+            with trial.step("read crowded"):
+                for block in order:
+                    trial.check("crowded", touch(region.address + block * PAGE, 8), expected[block * PAGE :][:8])
+        with trial.step("close crowded"):
+            region.close()

@@ -26,6 +26,7 @@ SCENES: dict[str, Callable[[Trial], None]] = {
     scene.__name__: scene
     for scene in (
         *(region_scenes.first, region_scenes.files, region_scenes.others, region_scenes.failing),
+        region_scenes.crowded,
         *(pager_scenes.kill_worker, pager_scenes.kill_supervisor, pager_scenes.suspect, pager_scenes.fork),
         *(protocol_scenes.protocol, protocol_scenes.reserve, protocol_scenes.export),
         *(writing_scenes.write_back, writing_scenes.kill_writer),
