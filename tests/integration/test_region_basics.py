@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from tests.integration.regions import await_true
 
 from userfault import BlockState, FileStore, MemoryStore, Pager, Region, RegionClosedError, Store, StoreError
 from userfault.blocks.geometry import PAGE_SIZE, round_up
@@ -27,13 +28,6 @@ EXPECTED = PATTERN.expected(0, SIZE)
 
 def states(region: Region) -> list[BlockState]:
     return [BlockState(state) for state in region.residency()]
-
-
-def await_true(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never became true"
-        time.sleep(0.002)
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
 import pytest
+from tests.integration.regions import await_true, resident
 
 from userfault import BlockState, FileStore, MemoryStore, Region, Store
 from userfault.testing import PatternStore, SlowStore, run_child
@@ -35,17 +35,6 @@ STORES: dict[str, Callable[[Path], Store]] = {
     "pool": lambda _: PATTERN,
     "slow": lambda _: SlowStore(PATTERN, 0.0005),
 }
-
-
-def resident(region: Region) -> list[int]:
-    return [block for block, state in enumerate(region.residency()) if state != BlockState.ABSENT]
-
-
-def await_true(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it never became true"
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 16, 150])

@@ -14,10 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.integration.regions import await_true
 
 import userfault
 from userfault import FileStore, MemoryStore, Pager, Region
@@ -267,13 +268,6 @@ def stall(path: str) -> None:
 def writes_to(pid: int, fd: int) -> bool:
     """Whether a process sleeps in a system call on a descriptor, and not in `exec`, which waits for disks."""
     return Path(f"/proc/{pid}/syscall").read_text().split()[1:2] == [hex(fd)]
-
-
-def await_true(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it never became true"
-        time.sleep(0.002)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a privileged userfaultfd: see `userfault doctor`")

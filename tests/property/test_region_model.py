@@ -11,18 +11,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import initialize, invariant, precondition, rule
+from tests.property.regions import PagedMachine, run_machine
 
-from userfault import BlockState, FileStore, MemoryStore, Pager, Region, Store, StoreError
+from userfault import BlockState, FileStore, MemoryStore, Region, Store, StoreError
 from userfault.blocks.geometry import PAGE_SIZE, round_up
 from userfault.testing import FailingStore, PatternStore
 
@@ -33,10 +26,8 @@ IN_MEMORY = {BlockState.CLEAN, BlockState.PRIVATE}
 where = st.tuples(st.floats(0, 1), st.floats(0, 1))
 
 
-class RegionMachine(RuleBasedStateMachine):
+class RegionMachine(PagedMachine):
     """One region at a time, in either mode, over any kind of store."""
-
-    pager: Pager
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,15 +257,4 @@ class RegionMachine(RuleBasedStateMachine):
 
 
 def test_a_region_is_a_bytearray(soak: bool) -> None:
-    with Pager() as pager:
-        RegionMachine.pager = pager
-        run_state_machine_as_test(
-            RegionMachine,
-            settings=settings(
-                max_examples=300 if soak else 16,
-                stateful_step_count=60 if soak else 25,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
-        assert pager.regions == 0
+    run_machine(RegionMachine, soak=soak, lives=300)

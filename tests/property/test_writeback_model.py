@@ -11,18 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import initialize, invariant, precondition, rule
+from tests.property.regions import PagedMachine, run_machine
 
-from userfault import BlockState, FileStore, MemoryStore, Pager, Region
+from userfault import BlockState, FileStore, MemoryStore, Region
 from userfault.blocks.geometry import PAGE_SIZE
 from userfault.testing import PatternStore
 
@@ -33,10 +26,8 @@ PATIENCE_S = 20.0
 where = st.tuples(st.floats(0, 1), st.floats(0, 1))
 
 
-class WriteBackMachine(RuleBasedStateMachine):
+class WriteBackMachine(PagedMachine):
     """One region at a time, over one file."""
-
-    pager: Pager
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,15 +153,4 @@ class WriteBackMachine(RuleBasedStateMachine):
 
 
 def test_a_region_that_writes_back_is_a_bytearray_and_its_file_too(soak: bool) -> None:
-    with Pager() as pager:
-        WriteBackMachine.pager = pager
-        run_state_machine_as_test(
-            WriteBackMachine,
-            settings=settings(
-                max_examples=1700 if soak else 16,
-                stateful_step_count=60 if soak else 25,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
-        assert pager.regions == 0
+    run_machine(WriteBackMachine, soak=soak, lives=1700)
