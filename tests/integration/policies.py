@@ -36,6 +36,11 @@ class Broken(NewestFirst):
         self.how = how
         self.left = 5
 
+    def admit(self, block: int) -> None:
+        super().admit(block)
+        if self.how == "dies on arrival" and len(self.blocks) > 20:
+            os._exit(3)
+
     def victim(self, used: Callable[[int], bool]) -> int:
         self.left -= 1
         if self.left:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +12,10 @@ from random import Random
 
 import pytest
 from tests.integration.policies import Broken, NewestFirst, Unborn
+from tests.integration.regions import await_true, resident
 
 import userfault
-from userfault import BlockState, FileStore, MemoryStore, Pager, Region, Store, StoreError
+from userfault import FileStore, MemoryStore, Pager, Region, Store, StoreError
 from userfault.testing import PatternStore, SlowStore, run_child
 
 pytestmark = pytest.mark.usefixtures("default_pager")
@@ -25,24 +25,12 @@ BLOCKS = 400
 SIZE = BLOCKS * PAGE
 PATTERN = PatternStore(SIZE)
 EXPECTED = PATTERN.expected(0, SIZE)
-FLOOR = 4
 
 
 @pytest.fixture
 def pager() -> Iterator[Pager]:
     with Pager(budget="2MiB") as pager:
         yield pager
-
-
-def resident(region: Region) -> list[int]:
-    return [block for block, state in enumerate(region.residency()) if state != BlockState.ABSENT]
-
-
-def await_true(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it never became true"
-        time.sleep(0.002)
 
 
 def budget_of(region: Region) -> int | None:
@@ -266,7 +254,7 @@ with userfault.Region(store, block_size=4096, budget=64 * 4096, policy=Broken(ar
     assert why in child.stderr
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
+@pytest.mark.parametrize("how", ["dies", "dies on arrival", "hangs"])
 def test_a_policy_that_ends_the_worker_does_so_once(how: str) -> None:
     with (
         Pager() as pager,

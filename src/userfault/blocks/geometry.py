@@ -10,6 +10,10 @@ import math
 import mmap
 import operator
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
 PAGE_SIZE = mmap.PAGESIZE
 MAX_BLOCK_SIZE = 2 << 20
 """2 MiB: beyond 256 KiB a COPY gains nothing on one core, and the touching thread waits 0.5 ms (UMap allows any size,
@@ -82,6 +86,19 @@ def check_budget(value: object, block_size: int) -> int | None:
     if budget < block_size:
         raise ValueError(f"budget must hold at least one block of {block_size} bytes, got {value!r}")
     return budget
+
+
+def runs(blocks: Iterable[int], most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Join sorted blocks that follow each other into runs `(first, stop)` of at most `most` blocks."""
+    first = stop = -1
+    for block in blocks:
+        if block != stop or stop - first == most:
+            if stop > first:
+                yield first, stop
+            first = block
+        stop = block + 1
+    if stop > first:
+        yield first, stop
 
 
 class Geometry:

@@ -142,11 +142,7 @@ class Control:
         self._watch_loop()
         for region in list(self.regions.values()):
             region.publish(self.loop.placement.cpu)
-            if region.pool is not None:
-                region.pool.watch(time.perf_counter_ns())
-            if region.writeback is not None:
-                region.writeback.tick(time.perf_counter_ns())
-            region.residents.watch(time.perf_counter_ns())
+            region.tick(time.perf_counter_ns())
         done, error = self.uffd.zeropage(
             1 << 16, PAGE_SIZE
         )  # nothing is registered there: ENOENT from a living process

@@ -11,6 +11,7 @@ Clean blocks go before dirty ones: a victim that is dirty is put aside until it 
 from __future__ import annotations
 
 from userfault.blocks import ledger
+from userfault.blocks.geometry import runs
 from userfault.blocks.states import BlockState
 from userfault.errors import KernelError
 from userfault.kernel import memfd
@@ -18,7 +19,7 @@ from userfault.pager.residents import FLOOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from userfault.pager.served import Served
 
@@ -42,27 +43,23 @@ def drop_victims(
         Whether there are fewer now, be it another thread's doing; None if one is at it, and this one is not to `wait`.
     """
     residents = region.residents
-    if not residents.lock.acquire(wait):
-        return None
-    try:
-        residents.begin()
+    with residents.held(wait=wait) as held:
+        if not held:
+            return None
         residents.settle(floor)
         excess = len(residents) - target
         victims = _claim_victims(region, min(excess, most)) if excess > 0 else []
-    finally:
-        residents.end()
-        residents.lock.release()
     return _drop(region, victims) > 0 or excess <= 0
 
 
 def drop_range(region: Served, first: int, stop: int) -> int:
     """Drop what can be dropped in a range of blocks; return the bytes dropped."""
     residents = region.residents
-    with residents.lock:
+    with residents.held():
         residents.settle(floor=0)
         blocks = [block for block in residents.kept if first <= block < stop and block not in residents.private]
     victims = [block for block in sorted(blocks) if _claim(region, block) and _marked(region, block)]
-    with residents.lock:
+    with residents.held():
         for block in victims:
             residents.dropped(block)
     return _drop(region, victims)
@@ -125,7 +122,7 @@ def _keep(region: Served, block: int, state: int, *, again: bool) -> None:
 
 
 def _drop(region: Served, blocks: Iterable[int]) -> int:
-    return sum(_drop_run(region, first, stop) for first, stop in _runs(blocks))
+    return sum(_drop_run(region, first, stop) for first, stop in runs(blocks))
 
 
 def _drop_run(region: Served, first: int, stop: int) -> int:
@@ -150,16 +147,3 @@ def _take_back(region: Served, first: int, stop: int) -> None:
         region.states[block] = CLEAN
         region.release(block)
         region.residents.arrived.append(block)
-
-
-def _runs(blocks: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Join sorted blocks into runs `(first, stop)`."""
-    first = stop = -1
-    for block in blocks:
-        if block != stop:
-            if stop > first:
-                yield first, stop
-            first = block
-        stop = block + 1
-    if stop > first:
-        yield first, stop

@@ -42,7 +42,10 @@ class Evictor:
         """Keep a region within its budget and the pager's; also anew, when those have changed."""
         region.uses = region.uses or Uses(region, self._ask, self._pagemap)
         region.room.join(self._shares, self.wants)
-        self.wants(region.room)
+        if self._shares.overdrawn():
+            self.wants(region.room)
+        else:
+            region.room.again()
 
     def wants(self, room: Room) -> None:
         """A region has passed its high watermark. Never waits for long: the fault loop calls it."""

@@ -172,7 +172,7 @@ class Mapping(mmap.mmap):
         """Write another budget down; then the pager is to be told."""
         self.automatic = automatic
         self.ledger.words[book.W_BUDGET] = book.NO_BUDGET if budget is None else budget
-        self.ledger.words[book.W_SHARED] = self._share()
+        self.share_anew()
 
     def share_anew(self) -> None:
         """Write down that the pager has another budget."""
@@ -203,6 +203,10 @@ class Mapping(mmap.mmap):
         """Count the buffers that are exported. Looks at every object of the interpreter: not for a busy path."""
         return sum(type(holder).__name__ == "managedbuffer" for holder in gc.get_referrers(self))
 
+    def is_here(self) -> bool:
+        """Whether the memory has begun, has not ended, and belongs to this process."""
+        return self._owner == os.getpid()
+
     def unmap_pages(self) -> bool:
         """Take its pages out of this process's page tables, not out of memory: a touch maps them again.
 
@@ -211,7 +215,7 @@ class Mapping(mmap.mmap):
         """
         for start in range(0, self.length, _UNMAPPED_AT_ONCE):
             with link.forking:  # or its addresses might be somebody else's by now
-                if self._owner != os.getpid():
+                if not self.is_here():
                     return False
                 length = min(_UNMAPPED_AT_ONCE, self.length - start)
                 try:
@@ -230,7 +234,7 @@ class Mapping(mmap.mmap):
             KernelError: ENOMEM; then nothing has changed.
         """
         with link.forking:
-            if self._owner != os.getpid():
+            if not self.is_here():
                 return False
             self._owner = 0
             try:
@@ -266,8 +270,8 @@ class Mapping(mmap.mmap):
 
 def share_anew(served_by: Link) -> None:
     """Write down in every region of a pager that it has another budget."""
-    for mapping in list(_alive):
-        if getattr(mapping, "link", None) is served_by and getattr(mapping, "_owner", 0) == os.getpid():
+    for mapping in list(served_by.memories.values()):
+        if mapping.is_here():
             mapping.share_anew()
 
 

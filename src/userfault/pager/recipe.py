@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MOST_DEATHS = 3
 _LENGTH = struct.Struct("=Q")
+_STORE, _POLICY = "store", "eviction policy"
+"""What travels, in the words of the messages."""
 _REMEDY = (
     "a {} travels to the pager by pickle, as with multiprocessing's spawn: "
     "define its class in a module that can be imported, and give it arguments that pickle"
@@ -52,8 +54,8 @@ class Recipe:
             StoreError: if one cannot travel; the message says what it would take.
         """
         buffers: list[PickleBuffer] = []
-        pickled = _pickle("store", store, buffers.append)
-        chosen = _pickle("eviction policy", policy, None)
+        pickled = _pickle(_STORE, store, buffers.append)
+        chosen = _pickle(_POLICY, policy, None)
         self._buffers = [memoryview(buffer.raw()) for buffer in buffers]
         path = sys.path if _is_users(store) or _is_users(policy) else []
         lengths = [len(buffer) for buffer in self._buffers]
@@ -125,11 +127,7 @@ def load(recipe: memoryview, size: int) -> Store:
     for length in head.lengths:
         buffers.append(recipe[offset : offset + length])
         offset += round_up(length, PAGE_SIZE)
-    try:
-        store: Store = _unpickle(head.path, head.pickled, buffers)
-    except BaseException as error:
-        cause = f"{type(error).__name__}: {error}"
-        raise StoreError(f"the pager could not make the store; {_REMEDY.format('store')}", cause=cause) from error
+    store: Store = _unpickle(_STORE, head.path, head.pickled, buffers)
     if store.size != size:
         raise StoreError(
             f"the store has {store.size} bytes, but had {size} when the region was opened", store=store.describe()
@@ -137,13 +135,17 @@ def load(recipe: memoryview, size: int) -> Store:
     return store
 
 
-def _unpickle(path: list[str], pickled: bytes, buffers: list[memoryview]) -> Any:
-    _extend_path(path)
+def _unpickle(role: str, path: list[str], pickled: bytes, buffers: list[memoryview]) -> Any:
     try:
-        return loads(pickled, buffers=buffers)
-    except ModuleNotFoundError:
-        _run_path_files(path)  # an editable installation is found by a hook that only `site` installs
-        return loads(pickled, buffers=buffers)
+        _extend_path(path)
+        try:
+            return loads(pickled, buffers=buffers)
+        except ModuleNotFoundError:
+            _run_path_files(path)  # an editable installation is found by a hook that only `site` installs
+            return loads(pickled, buffers=buffers)
+    except BaseException as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise StoreError(f"the pager could not make the {role}; {_REMEDY.format(role)}", cause=cause) from error
 
 
 def load_policy(recipe: memoryview) -> EvictionPolicy:
@@ -153,12 +155,7 @@ def load_policy(recipe: memoryview) -> EvictionPolicy:
         StoreError: if it cannot be made here; `cause` says why.
     """
     head = _Head(recipe)
-    try:
-        policy: str | EvictionPolicy = _unpickle(head.path, head.policy, [])
-    except BaseException as error:
-        cause, remedy = f"{type(error).__name__}: {error}", _REMEDY.format("eviction policy")
-        raise StoreError(f"the pager could not make the eviction policy; {remedy}", cause=cause) from error
-    return make_policy(policy)
+    return make_policy(_unpickle(_POLICY, head.path, head.policy, []))
 
 
 def load_counted(ledger: Ledger) -> Store:

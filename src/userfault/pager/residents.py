@@ -14,6 +14,7 @@ back it is dropped before any other.  So are blocks of a range that is used once
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import OrderedDict, deque
@@ -22,10 +23,11 @@ from threading import Lock
 from userfault.blocks import ledger as book
 from userfault.blocks.policies import EvictionPolicy, FifoPolicy
 from userfault.pager import failure, recipe
+from userfault.pager.shares import UNLIMITED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from userfault.blocks.ledger import Ledger
     from userfault.pager.counters import Counters
@@ -50,15 +52,15 @@ class Residents:
         """Those of them that belong to the user for good."""
         self.aside: set[int] = set()
         """Those of them that go when they are written back."""
-        self.mark = 1 << 62
+        self.mark = UNLIMITED
         """How many blocks may stand in `arrived` before a fault has to look whether there is room: `Room` says."""
         self.lock = Lock()
         self.came = self.came_back = 0
         """Blocks that the policy was told of, and those of them that had been in memory before."""
         self.touched: set[int] = set()
         """Blocks that a sample has found used, and that the policy has not asked about since."""
-        self.fresh: set[int] = set()
-        """Blocks that came in since the last sample began."""
+        self.fresh: set[int] | None = None
+        """Blocks that came in since a sample began; None: none is under way."""
         self._first: OrderedDict[int, None] = OrderedDict()
         """Blocks that go before any that the policy would choose."""
         self._streams: list[tuple[int, int]] = []
@@ -66,7 +68,7 @@ class Residents:
         self.capacity = self._told = 1
         """How many blocks may be in memory, and what the policy was told last."""
         self.since = 0
-        """Since when (ns) a thread chooses victims; 0: none does."""
+        """Since when (ns) a thread asks the policy (`held`); 0: none does."""
         self._words = ledger.words
         self._policy = FifoPolicy() if self._is_beyond_hope() else recipe.load_policy(ledger.recipe)
         self._foreign = not type(self._policy).__module__.startswith("userfault.")
@@ -88,7 +90,7 @@ class Residents:
         try:
             self.arrived.remove(block)
         except ValueError:
-            with self.lock:
+            with self.held():
                 self.dropped(block)
 
     def settle(self, floor: int = FLOOR) -> None:
@@ -101,7 +103,8 @@ class Residents:
         for _ in range(moving):
             block = self.arrived.popleft()
             self.came += 1
-            self.fresh.add(block)
+            if self.fresh is not None:
+                self.fresh.add(block)
             self.touched.discard(block)
             if self._notes[block] & book.EVICTED:
                 self.came_back += 1
@@ -155,8 +158,7 @@ class Residents:
     def dropped(self, block: int) -> None:
         """Forget a block that has gone."""
         known = block in self.kept
-        self.touched.discard(block)
-        self.kept.discard(block)
+        self.gone(block)
         if block in self.aside or block in self.private:
             self.aside.discard(block)
             self.private.discard(block)
@@ -180,17 +182,25 @@ class Residents:
     def _is_beyond_hope(self) -> bool:
         return bool(self._words[book.W_POLICY_DEATHS] >= MOST_DEATHS)
 
-    def begin(self) -> None:
-        """Victims are being chosen, from now until `end`: a successor is to know if this worker ends in it."""
-        self.since = time.perf_counter_ns()
-        if self._foreign:
-            self._words[book.W_POLICY_DEATHS] += 1
+    @contextlib.contextmanager
+    def held(self, *, wait: bool = True) -> Iterator[bool]:
+        """Hold the lock for what asks the policy, and be known to, should it hang, or this worker end in it.
 
-    def end(self) -> None:
-        """See `begin`."""
-        self.since = 0
-        if self._foreign:
-            self._words[book.W_POLICY_DEATHS] = 0
+        The value is False if another thread holds it, and this one is not to `wait`.
+        """
+        if not self.lock.acquire(wait):
+            yield False
+            return
+        try:
+            self.since = time.perf_counter_ns()
+            if self._foreign:
+                self._words[book.W_POLICY_DEATHS] += 1
+            yield True
+        finally:
+            self.since = 0
+            if self._foreign:
+                self._words[book.W_POLICY_DEATHS] = 0
+            self.lock.release()
 
     def watch(self, now: int) -> None:
         """End the worker if the policy does not answer: a successor does without it. Without the lock."""

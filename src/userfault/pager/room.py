@@ -92,18 +92,15 @@ class Room:
 
     def _set_limit(self) -> None:
         with self._sizing:  # or an older limit might be written over a newer one
-            self._size()
-
-    def _size(self) -> None:
-        limit = self._own
-        if self._is_shared():
-            limit = min(limit, self.granted >> self.region.shift)
-        reserve = 0
-        if LEAST_BLOCKS <= limit < self.region.geometry.blocks:
-            reserve = min(limit // PART, MOST_RESERVE >> self.region.shift)
-        self.limit, self.high, self.low = limit, limit - reserve, limit - 2 * reserve
-        self.region.residents.capacity = min(limit, self.region.geometry.blocks)
-        self._set_mark(self.high)
+            limit = self._own
+            if self._is_shared():
+                limit = min(limit, self.granted >> self.region.shift)
+            reserve = 0
+            if LEAST_BLOCKS <= limit < self.region.geometry.blocks:
+                reserve = min(limit // PART, MOST_RESERVE >> self.region.shift)
+            self.limit, self.high, self.low = limit, limit - reserve, limit - 2 * reserve
+            self.region.residents.capacity = min(limit, self.region.geometry.blocks)
+            self._set_mark(self.high)
 
     def _is_shared(self) -> bool:
         return self.shares.total != UNLIMITED

@@ -128,11 +128,19 @@ class Served:
     def publish(self, cpu: int) -> None:
         """Write the counters into the ledger. Called by the control thread."""
         dirty = len(self.writeback.dirty) if self.writeback else 0
-        if self.residents.lock.acquire(blocking=False):  # what comes back is counted when it is settled
-            self.residents.settle()
-            self.residents.lock.release()
-            self.room.remark()
+        with self.residents.held(wait=False) as held:
+            if held:  # what comes back is counted when it is settled
+                self.residents.settle()
+        self.room.remark()
         self.counters.publish(self.ledger.words, self.block_size, len(self.residents), dirty, cpu)
+
+    def tick(self, now: int) -> None:
+        """Look whether something takes too long, or is due. Called twice a second."""
+        if self.pool is not None:
+            self.pool.watch(now)
+        if self.writeback is not None:
+            self.writeback.tick(now)
+        self.residents.watch(now)
 
     # -- claims ----------------------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ class Uses:
         self._pagemap = pagemap
         self._since = self._came = self._back = 0
         self._pause = 1
-        self._asked = self._armed = False
+        self._asked = False
 
     def look(self) -> None:
         """Take a sample if it is time."""
@@ -68,9 +68,9 @@ class Uses:
         enough = max(LEAST_BLOCKS, residents.capacity // PART) * self._pause
         if self._asked or came < enough or time.perf_counter_ns() - self._since < LEAST_NS:
             return
-        if self._armed:
-            self._armed = False
-            self._note(set(self._mapped()))
+        if residents.fresh is not None:
+            self._note(set(self._mapped()), residents.fresh)
+            residents.fresh = None
         self._came, self._back, self._since = residents.came, residents.came_back, time.perf_counter_ns()
         if residents.asks and back * BACK >= came:
             self._asked = True
@@ -78,13 +78,13 @@ class Uses:
 
     def unmapped(self) -> None:
         """The application has taken the region's pages out of its page tables."""
-        self.region.residents.fresh.clear()
-        self._asked, self._armed = False, True
+        self.region.residents.fresh = set()
+        self._asked = False
 
-    def _note(self, mapped: set[int]) -> None:
+    def _note(self, mapped: set[int], fresh: set[int]) -> None:
         residents = self.region.residents
         with residents.lock:
-            used = mapped & residents.kept - residents.fresh
+            used = mapped & residents.kept - fresh
             residents.touched |= used
         little = len(used) * MUCH < len(residents.kept)
         self._pause = min(2 * self._pause, MOST_PAUSE) if little else 1

@@ -21,6 +21,7 @@ from collections import deque
 from threading import Condition
 
 from userfault.blocks import ledger as book
+from userfault.blocks.geometry import runs
 from userfault.blocks.states import BlockState
 from userfault.errors import StoreError
 from userfault.kernel import abi, memfd
@@ -30,7 +31,7 @@ from userfault.shield import begin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from userfault.pager.served import Served
 
@@ -116,7 +117,7 @@ class Writer:
 
     def write(self, blocks: Iterable[int]) -> StoreError | None:
         """Write blocks back as far as they are dirty; return the first error."""
-        job = _Job(self._runs(sorted(blocks)))
+        job = _Job(runs(sorted(blocks), max(1, RUN_BYTES >> self.region.shift)))
         self._work(job, leads=True)
         job.await_helpers()
         return job.errors[0] if job.errors else None
@@ -134,18 +135,6 @@ class Writer:
                 job.errors.append(error)
             if leads and self._is_slow and job.helping < most:
                 job.call_help(lambda: self._work(job))
-
-    def _runs(self, blocks: list[int]) -> Iterator[tuple[int, int]]:
-        most = max(1, RUN_BYTES >> self.region.shift)
-        first = stop = -1
-        for block in blocks:
-            if block != stop or stop - first == most:
-                if stop > first:
-                    yield first, stop
-                first = block
-            stop = block + 1
-        if stop > first:
-            yield first, stop
 
     def _write_run(self, first: int, stop: int, staging: Staging) -> StoreError | None:
         region = self.region
