@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.integration.regions import await_true
 
 from userfault import BlockState, FileStore, Pager, Region, RetryPolicy, StoreError
 from userfault.testing import RefusingStore, SlowStore, run_child
@@ -277,11 +278,8 @@ def test_bytes_that_a_dead_worker_wrote_and_nobody_made_durable(path: Path, tmp_
         lose.touch()
         with pytest.raises(StoreError, match="could not make its bytes durable"):
             region.flush()
-        for _ in range(2000):  # who was asked twice, by message to the dead one and anew, is at it once more
-            if states(region) == {BlockState.DIRTY: 6}:
-                break
-            threading.Event().wait(0.005)
-        assert states(region) == {BlockState.DIRTY: 6}
+        # Not for good: who was asked twice, by message to the dead one and anew, is at it once more.
+        await_true(lambda: states(region) == {BlockState.DIRTY: 6})
         lose.unlink()
         with contextlib.suppress(StoreError):
             region.flush()
