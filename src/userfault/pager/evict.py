@@ -28,8 +28,10 @@ BATCH_PAGES = 256
 """Dropped together: 1 MiB of 4 KiB pages, about 80 µs."""
 SCAN = 1024
 """Blocks that are looked at for room, at most: if all are pinned a fault goes on, and the next one looks further."""
-EVICTION = object()
-"""The claim of an eviction."""
+
+
+class Eviction:
+    """The claim of one eviction: each has its own, or two that meet at a block would both take it for theirs."""
 
 
 def drop_victims(
@@ -54,11 +56,11 @@ def drop_victims(
 
 def drop_range(region: Served, first: int, stop: int) -> int:
     """Drop what can be dropped in a range of blocks; return the bytes dropped."""
-    residents = region.residents
+    residents, me = region.residents, Eviction()
     with residents.held():
         residents.settle(floor=0)
         blocks = [block for block in residents.kept if first <= block < stop and block not in residents.private]
-    victims = [block for block in sorted(blocks) if _claim(region, block) and _marked(region, block)]
+    victims = [block for block in sorted(blocks) if _claim(region, block, me) and _marked(region, block)]
     with residents.held():
         for block in victims:
             residents.dropped(block)
@@ -66,13 +68,13 @@ def drop_range(region: Served, first: int, stop: int) -> int:
 
 
 def _claim_victims(region: Served, wanted: int) -> list[int]:
-    residents = region.residents
+    residents, me = region.residents, Eviction()
     taken: list[int] = []
     for _ in range(min(SCAN, residents.candidates())):
         if len(taken) == wanted:
             break
         block, again = residents.next()
-        if not _claim(region, block):
+        if not _claim(region, block, me):
             residents.offer(block)
         elif _mark(region, block):
             residents.gone(block)
@@ -83,8 +85,8 @@ def _claim_victims(region: Served, wanted: int) -> list[int]:
     return sorted(taken)
 
 
-def _claim(region: Served, block: int) -> bool:
-    return not region.pins[block] and region.claims.setdefault(block, EVICTION) is EVICTION
+def _claim(region: Served, block: int, me: Eviction) -> bool:
+    return not region.pins[block] and region.claims.setdefault(block, me) is me
 
 
 def _mark(region: Served, block: int) -> bool:

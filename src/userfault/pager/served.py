@@ -354,8 +354,8 @@ class Served:
     def close(self, hot_claims: tuple[object, ...]) -> None:
         """Stop touching the application's memory, and forget the region. Called by the control thread."""
         self.closing = True
-        touching = (*hot_claims, INSTALLING, evict.EVICTION)
-        while any(claim in touching for claim in list(self.claims.values())):
+        touching = (*hot_claims, INSTALLING)
+        while any(claim in touching or isinstance(claim, evict.Eviction) for claim in list(self.claims.values())):
             time.sleep(0.0002)  # at most one COPY or hole; the fault loop has no lock that one could wait on
         with contextlib.suppress(KernelError):  # whoever still maps the ledger would keep the data alive as well
             memfd.punch_hole(self.fd, 0, self.geometry.length)

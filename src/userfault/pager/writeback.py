@@ -135,7 +135,7 @@ class WriteBack:
         """Under the lock: see that somebody works."""
         if self._working:
             return
-        self.region.claims[JOB] = evict.EVICTION  # which is among those that `Served.close` waits for
+        self.region.claims[JOB] = evict.Eviction()  # which is among those that `Served.close` waits for
         if self.region.closing:
             del self.region.claims[JOB]
             return
