@@ -150,14 +150,15 @@ class FaultLoop:
                 if not source or flags & writing or (len(arrived) >= residents.mark and not room.admits()):
                     self._demand(region, block, source, start, write=bool(flags & writing))
                     continue
+                arrived.append(block)  # before it is there, or a reader would find the same room meanwhile
                 pack(argument, 0, base + offset, source, block_size, mode, 0)
                 try:
                     ioctl(fd, ask, argument)  # Userfaultfd.copy, without the call
                 except OSError:
+                    residents.withdraw(block)
                     self._demand(region, block, 0, start)
                     continue
                 states[block] = clean
-                arrived.append(block)
                 del claims[block]
                 if waiters:
                     self._settle(region, block)

@@ -57,7 +57,7 @@ class Stream:
 
     def _limit(self, block: int) -> int:
         region = self.region
-        room = min(region.residents.mark - len(region.residents.arrived), region.room.limit // SHARE)
+        room = min(region.room.high - len(region.residents), region.room.limit // SHARE)
         piece = (((block << region.shift) // PIECE + 1) * PIECE) >> region.shift
         return min(block + min(self._window, self._most, room), piece, region.whole_blocks)
 
@@ -79,10 +79,14 @@ class Stream:
         done = 0
         if source:
             states[block:stop] = bytes((FILLING,)) * (stop - block)
+            region.residents.arrived.extend(range(block, stop))  # before they are there, as in the fault loop
             done, _ = region.uffd.copy(region.base + offset, source, length, region.copy_mode)
         middle = block + (done >> region.shift)
         if done & (region.block_size - 1) and middle != block:  # it would never be dropped under the name of ABSENT
             memfd.punch_hole(region.fd, *region.extent(middle))
+        if source:
+            for other in range(middle, stop):
+                region.residents.withdraw(other)
         self._settle(block, middle, stop)
         return middle - block
 
@@ -94,7 +98,6 @@ class Stream:
             region.release(other)
         for other in range(block, middle):
             states[other] = CLEAN
-            region.residents.arrived.append(other)
             region.release(other)
         if middle - block > 1:  # the first is counted with the fault
             region.counters.add(book.FILLED, middle - block - 1)
