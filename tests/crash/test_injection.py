@@ -55,6 +55,7 @@ kill_supervisor|worker|socketpair|EMFILE|1
 kill_worker|supervisor|socketpair|ENFILE|1
 others|worker|ioctl(UFFDIO_WRITEPROTECT)|EINTR|1
 stop_worker|supervisor|poll|ENOMEM|7
+suspect|supervisor|sendmsg|EAGAIN|1
 """
 """What went wrong once."""
 
@@ -88,9 +89,9 @@ def test_every_call_in_the_list_is_made(rehearsal: Rehearsal) -> None:
 def test_each_call_fails_once_in_each_role(rehearsal: Rehearsal, rng: random.Random, part: int) -> None:
     steps = list(each_once(rehearsal, rng))[part::PARTS]
     tally = play_all(steps)
-    for _ in range(REHEARSALS):
+    for _ in range(REHEARSALS):  # time does not repeat itself
         if unreached := tally.unreached(steps):
-            play_all(elsewhere(rehearsal, unreached), tally)
+            play_until_reached([elsewhere(rehearsal, failure) for failure in unreached], tally)
     assert not tally.wrong, "\n\n".join(tally.wrong)
     assert not tally.unreached(steps), tally.unreached(steps)
 
@@ -118,21 +119,33 @@ def parse(line: str) -> Step:
     return scene, FRESH, Failure(role, label, getattr(errno, number), int(nth))
 
 
-def play_all(steps: Iterable[Step], tally: Tally | None = None) -> Tally:
-    """Play on several stages at once; print what came of it, and of what was played before."""
-    tally, steps = tally or Tally(), list(steps)
-    with ThreadPoolExecutor(STAGES) as pool:
-        for done in [pool.submit(play, steps[part::STAGES], tally) for part in range(STAGES)]:
-            done.result()
-    print(tally.table())
+def play_all(steps: Iterable[Step]) -> Tally:
+    """Play each step; print what came of it."""
+    tally = Tally()
+    play_until_reached([[step] for step in steps], tally)
     return tally
 
 
-def play(steps: Iterable[Step], tally: Tally) -> None:
+def play_until_reached(choices: list[list[Step]], tally: Tally) -> None:
+    """Play steps, on several stages at once: of each list until a call has failed; print what came of it so far."""
+    with ThreadPoolExecutor(STAGES) as pool:
+        for done in [pool.submit(play, choices[part::STAGES], tally) for part in range(STAGES)]:
+            done.result()
+    print(tally.table())
+
+
+def play(choices: list[list[Step]], tally: Tally) -> None:
     """Play on one stage.  Threads, and time, do not repeat themselves: what was not reached is tried from the front."""
     with Stage() as stage:
-        for scene, fresh, failure in steps:
-            played = stage.play(scene, failure, fresh=fresh)
-            if not played.hits:
-                played = stage.play(scene, failure._replace(nth=1), fresh=fresh)
-            tally.add(scene, failure, played)
+        for steps in choices:
+            any(play_step(stage, step, tally) for step in steps)
+
+
+def play_step(stage: Stage, step: Step, tally: Tally) -> bool:
+    """Play a scene, twice if need be; return whether the call has failed."""
+    scene, fresh, failure = step
+    played = stage.play(scene, failure, fresh=fresh)
+    if not played.hits:
+        played = stage.play(scene, failure._replace(nth=1), fresh=fresh)
+    tally.add(scene, failure, played)
+    return bool(played.hits)

@@ -102,12 +102,12 @@ class Control:
             ready = dict(self._poll.poll(self._patience()))
             now = time.perf_counter_ns()
             self.fellow.beat()
+            self._look(ready)  # first: what is done below may open descriptors of the same numbers
             with contextlib.suppress(OSError):  # no descriptor to be had for /proc, say: no reason to die
                 self.loop.placement.watch(now)
                 if now >= tick:
                     tick = now + TICK_MS * 1_000_000
                     self._tick()
-            self._look(ready)
             self._send()
         write_all_back(self.regions.values(), self.fellow)
         self.fellow.tell(Message(wire.GOODBYE))

@@ -80,8 +80,9 @@ class Fellow:
 
     def look(self, ready: dict[int, int]) -> bool:
         """Hear what it says, or that it is dead; return whether it has introduced itself."""
+        dead = self._pidfd in ready  # asked first: a successor's descriptor may have a number that was ready
         greeted = self._ward.fileno() in ready and self._hear()
-        if self._pidfd in ready:
+        if dead:
             self._replace()
         return greeted
 

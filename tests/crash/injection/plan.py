@@ -117,11 +117,10 @@ def each_of_writing(rehearsal: Rehearsal, rng: random.Random, *, soak: bool) -> 
                     yield scene, FRESH, Failure("worker", name, number, nth)
 
 
-def elsewhere(rehearsal: Rehearsal, failures: Iterable[Failure]) -> Iterator[Step]:
-    """Yield, for each call that was not reached, every scene that has made it; time does not repeat itself."""
-    for failure in failures:
-        for scene, fresh in rehearsal.made[failure.role, failure.label]:
-            yield scene, fresh, failure._replace(nth=1)
+def elsewhere(rehearsal: Rehearsal, failure: Failure) -> list[Step]:
+    """Return every scene that has made a call, the soonest over first: for one that was not reached in another."""
+    where = sorted(rehearsal.made[failure.role, failure.label], key=lambda one: rehearsal.took[one])
+    return [(scene, fresh, failure._replace(nth=1)) for scene, fresh in where]
 
 
 def all_ways(rehearsal: Rehearsal, rng: random.Random) -> Iterator[Step]:
@@ -174,9 +173,13 @@ class Tally:
             self.wrong.append("\n".join([f"{scene}: {failure}", *wrong, played.complaints]))
         self.outcomes[failure.label, failure.role][outcome] += 1
 
+    def reached(self, failure: Failure) -> bool:
+        """Whether such a call has failed in that role."""
+        return (failure.label, failure.role) in self.outcomes
+
     def unreached(self, steps: Iterable[Step]) -> list[Failure]:
-        """Return what should have failed and has not: no such call in that role."""
-        return [failure for _, _, failure in steps if (failure.label, failure.role) not in self.outcomes]
+        """Return what should have failed and has not."""
+        return [failure for _, _, failure in steps if not self.reached(failure)]
 
     def table(self) -> str:
         """Return what came of it, a line for each call and role."""

@@ -6,6 +6,7 @@ own pages of their own in them: so a write-back always races with somebody's cha
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 import os
@@ -24,7 +25,7 @@ _LIBC.memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 class Adder(threading.Thread):
     """Adds to a number on pages that are its own, at random, and keeps the sums."""
 
-    def __init__(self, region: Region, model: list[int], first: int, step: int) -> None:
+    def __init__(self, region: Region, model: array.array[int], first: int, step: int) -> None:
         super().__init__(daemon=True)
         self.region, self.model, self.rng = region, model, random.Random(first)
         self.pages = range(first, len(model), step)
@@ -67,7 +68,7 @@ def _memfds(pid: int) -> int:
 def add(path: str, threads: int, budget: str, seconds: float) -> None:
     """Open a file that is larger than the budget; add to it for a while; close it, and compare it with the model."""
     pages = os.path.getsize(path) // PAGE
-    model = [0] * pages
+    model = array.array("Q", bytes(8 * pages))  # all of its memory is there before we look at how much we have
     with Region(FileStore(path, writable=True), "r+", budget=1 << 20) as small:
         before = memory_of(small)
     region = Region(FileStore(path, writable=True), "r+", budget=budget)
@@ -95,7 +96,7 @@ def add(path: str, threads: int, budget: str, seconds: float) -> None:
     say("different", _different(path, model))
 
 
-def _different(path: str, model: list[int]) -> int:
+def _different(path: str, model: array.array[int]) -> int:
     different = 0
     with open(path, "rb") as file:
         for page, number in enumerate(model):
