@@ -43,6 +43,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if "soak" not in item.keywords]
 
 
+def pytest_collection_finish() -> None:
+    """Keep what has been collected out of the garbage collector's way: an array that is closed asks it for its holders.
+
+    With four thousand tests in memory that took a tenth of a second each time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def soak(request: pytest.FixtureRequest) -> bool:
     """Whether this is a soak run: a crash test then repeats its scenario many more times."""
