@@ -170,6 +170,25 @@ def test_what_is_written_is_read_and_no_change_by_somebody_else(path: Path) -> N
     other.close()
 
 
+@pytest.mark.parametrize("call", ["fsync", "pwrite", "preadv"])
+def test_another_store_of_the_file_is_closed_in_the_middle(
+    path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """They share one open file: its descriptor must outlast the call, or it may be somebody else's by then."""
+    store, other = FileStore(path, writable=True), FileStore(path, writable=True)
+    real = getattr(os, call)
+
+    def close_first(*arguments: Any) -> Any:
+        other.close()
+        return real(*arguments)
+
+    monkeypatch.setattr(os, call, close_first)
+    store.write(0, memoryview(b"abc"))
+    store.flush()
+    assert read_bytes(store, 0, 3) == b"abc"
+    store.close()
+
+
 @pytest.mark.parametrize("change", ["cut off", "replaced", "removed"])
 def test_a_file_that_is_no_longer_the_same_is_not_written_to(path: Path, change: str) -> None:
     store = FileStore(path, writable=True)

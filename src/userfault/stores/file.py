@@ -170,7 +170,8 @@ class FileStore(Store):
         if not self.writable:
             super().flush()
         try:
-            os.fsync(open_file(self._path, self._identity).fd)
+            file = open_file(self._path, self._identity)  # held: another store's close() may forget it meanwhile
+            os.fsync(file.fd)
         except FileChangedError as error:
             raise self._failure("the file has changed beneath us", 0, 0, error) from None
         except OSError as error:
