@@ -151,6 +151,10 @@ class FaultLoop:
                     self._demand(region, block, source, start, write=bool(flags & writing))
                     continue
                 arrived.append(block)  # before it is there, or a reader would find the same room meanwhile
+                if len(arrived) > residents.mark and room.overflows():
+                    residents.withdraw(block)
+                    self._demand(region, block, source, start)
+                    continue
                 pack(argument, 0, base + offset, source, block_size, mode, 0)
                 try:
                     ioctl(fd, ask, argument)  # Userfaultfd.copy, without the call

@@ -126,6 +126,13 @@ class Room:
         made = self._make(wait=False, coming=1)
         return made or (made is not None and not blockers)
 
+    def overflows(self) -> bool:
+        """Whether there are too many blocks, now that another one counts.
+
+        Asked by whoever has counted one in, afterwards: of two that saw the same room before, one sees the other.
+        """
+        return len(self.region.residents) > self.limit
+
     def has(self) -> bool:
         """The same, for a block that has taken its time already."""
         return len(self.region.residents) < self.high or self.admits()
@@ -139,7 +146,9 @@ class Room:
             with self._entry:  # or several threads would find the same room
                 if len(self.region.residents) < self.limit:
                     arrived.append(block)
-                    return
+                    if not self.overflows():
+                        return
+                    self.region.residents.withdraw(block)  # the fault loop was quicker
             blockers = self._blockers()  # see `admits`
             if not self._make(wait=True, coming=1) and not any(writeback.make_room() for writeback in blockers):
                 break

@@ -80,6 +80,7 @@ class Stream:
         if source:
             states[block:stop] = bytes((FILLING,)) * (stop - block)
             region.residents.arrived.extend(range(block, stop))  # before they are there, as in the fault loop
+        if source and not region.room.overflows():
             done, _ = region.uffd.copy(region.base + offset, source, length, region.copy_mode)
         middle = block + (done >> region.shift)
         if done & (region.block_size - 1) and middle != block:  # it would never be dropped under the name of ABSENT
