@@ -138,7 +138,9 @@ def play(choices: list[list[Step]], tally: Tally) -> None:
     """Play on one stage.  Threads, and time, do not repeat themselves: what was not reached is tried from the front."""
     with Stage() as stage:
         for steps in choices:
-            any(play_step(stage, step, tally) for step in steps)
+            for step in steps:
+                if play_step(stage, step, tally):
+                    break
 
 
 def play_step(stage: Stage, step: Step, tally: Tally) -> bool:

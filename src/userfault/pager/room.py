@@ -133,6 +133,18 @@ class Room:
         """
         return len(self.region.residents) > self.limit
 
+    def enter(self, first: int, stop: int) -> bool:
+        """Count blocks in that the caller has claimed, if there is room for them, and still is afterwards."""
+        residents = self.region.residents
+        if len(residents) + stop - first > self.limit:
+            return False
+        residents.arrived.extend(range(first, stop))
+        if not self.overflows():
+            return True
+        for block in range(first, stop):
+            residents.withdraw(block)
+        return False
+
     def has(self) -> bool:
         """The same, for a block that has taken its time already."""
         return len(self.region.residents) < self.high or self.admits()
@@ -144,11 +156,8 @@ class Room:
         arrived = self.region.residents.arrived
         while not self.region.closing:
             with self._entry:  # or several threads would find the same room
-                if len(self.region.residents) < self.limit:
-                    arrived.append(block)
-                    if not self.overflows():
-                        return
-                    self.region.residents.withdraw(block)  # the fault loop was quicker
+                if self.enter(block, block + 1):
+                    return
             blockers = self._blockers()  # see `admits`
             if not self._make(wait=True, coming=1) and not any(writeback.make_room() for writeback in blockers):
                 break

@@ -76,16 +76,13 @@ class Stream:
         region, states = self.region, self.region.states
         offset, length = block << region.shift, (stop - block) << region.shift
         source = region.source.locate(offset, length)
-        done = 0
-        if source:
+        middle = block
+        if source and region.room.enter(block, stop):  # before they are there, as in the fault loop
             states[block:stop] = bytes((FILLING,)) * (stop - block)
-            region.residents.arrived.extend(range(block, stop))  # before they are there, as in the fault loop
-        if source and not region.room.overflows():
             done, _ = region.uffd.copy(region.base + offset, source, length, region.copy_mode)
-        middle = block + (done >> region.shift)
-        if done & (region.block_size - 1) and middle != block:  # it would never be dropped under the name of ABSENT
-            memfd.punch_hole(region.fd, *region.extent(middle))
-        if source:
+            middle += done >> region.shift
+            if done & (region.block_size - 1) and middle != block:  # it would never be dropped under the name of ABSENT
+                memfd.punch_hole(region.fd, *region.extent(middle))
             for other in range(middle, stop):
                 region.residents.withdraw(other)
         self._settle(block, middle, stop)

@@ -68,9 +68,9 @@ class Rehearsal:
             if (role, entry.label) not in self.made and (role, entry.label) not in AT_TIMES
         ]
 
-    def cheapest(self, where: Iterable[tuple[str, bool]]) -> tuple[str, bool]:
-        """Return the scene that is played soonest."""
-        return min(where, key=lambda one: self.took[one])
+    def soonest_first(self, where: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
+        """Return scenes, the one that is over soonest first."""
+        return sorted(where, key=lambda one: self.took[one])
 
 
 AT_TIMES = {
@@ -93,7 +93,7 @@ def each_once(rehearsal: Rehearsal, rng: random.Random) -> Iterator[Step]:
         for role in entry.roles if entry.errnos else ():
             if not (where := rehearsal.made.get((role, entry.label))):
                 continue
-            scene, fresh = rehearsal.cheapest(where)
+            scene, fresh = rehearsal.soonest_first(where)[0]
             nth = rng.randint(1, where[scene, fresh])
             yield scene, fresh, Failure(role, entry.label, rng.choice(entry.errnos), nth)
 
@@ -119,7 +119,7 @@ def each_of_writing(rehearsal: Rehearsal, rng: random.Random, *, soak: bool) -> 
 
 def elsewhere(rehearsal: Rehearsal, failure: Failure) -> list[Step]:
     """Return every scene that has made a call, the soonest over first: for one that was not reached in another."""
-    where = sorted(rehearsal.made[failure.role, failure.label], key=lambda one: rehearsal.took[one])
+    where = rehearsal.soonest_first(rehearsal.made[failure.role, failure.label])
     return [(scene, fresh, failure._replace(nth=1)) for scene, fresh in where]
 
 
@@ -131,7 +131,7 @@ def all_ways(rehearsal: Rehearsal, rng: random.Random) -> Iterator[Step]:
                 continue
             for number in entry.errnos:
                 for how in ("first", "middle", "last", "anywhere"):
-                    scene, fresh = rehearsal.cheapest(where) if how == "first" else rng.choice(list(where))
+                    scene, fresh = rehearsal.soonest_first(where)[0] if how == "first" else rng.choice(list(where))
                     most = where[scene, fresh]
                     nth = {"first": 1, "middle": (most + 1) // 2, "last": most, "anywhere": rng.randint(1, most)}[how]
                     yield scene, fresh, Failure(role, entry.label, number, nth)
@@ -173,13 +173,9 @@ class Tally:
             self.wrong.append("\n".join([f"{scene}: {failure}", *wrong, played.complaints]))
         self.outcomes[failure.label, failure.role][outcome] += 1
 
-    def reached(self, failure: Failure) -> bool:
-        """Whether such a call has failed in that role."""
-        return (failure.label, failure.role) in self.outcomes
-
     def unreached(self, steps: Iterable[Step]) -> list[Failure]:
-        """Return what should have failed and has not."""
-        return [failure for _, _, failure in steps if not self.reached(failure)]
+        """Return what should have failed and has not: no such call in that role."""
+        return [failure for _, _, failure in steps if (failure.label, failure.role) not in self.outcomes]
 
     def table(self) -> str:
         """Return what came of it, a line for each call and role."""
